@@ -1,0 +1,220 @@
+"""The command line and YAML files to a `Config`; anything misspelt or ill-typed stops here, before anything heavy loads.
+
+Later wins: defaults of config.py < preset of the model < each --config in turn < the command line. `--objective NAME`
+stands for `--objective.name NAME` and picks the dataclass in objectives/NAME.py; `--reward` likewise.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import importlib
+import pkgutil
+import re
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
+
+import jsonargparse
+import yaml
+
+from . import objectives, rewards
+from .config import Config
+from .option_help import first_line, option_help
+
+PRESETS_DIR = Path(__file__).parent / "presets"
+KINDS = {"objective": objectives, "reward": rewards}  # options that pick a dataclass by name
+CONFIG_HELP = "YAML file of options, or a preset's name; may be repeated"
+
+Layer = dict[str, Any]  # dotted option names to values
+
+
+def parse(argv: Sequence[str] | None = None) -> Config:
+    """The resolved Config. Prints to stderr and exits with 2 on anything it does not know; exits with 0 after --help."""
+    shorts = "|".join(KINDS)
+    argv = [re.sub(rf"^--({shorts})(=|$)", r"--\1.name\2", word) for word in (sys.argv[1:] if argv is None else argv)]
+    layers = _layers(argv)
+    chosen = {kind: _choose(kind, layers, argv) for kind in KINDS}
+    parser, types = _parser(chosen)
+    _refuse_unknown(argv, types)
+    for where, layer in layers:
+        for key in layer:
+            if key not in types:
+                _fail(f"{where}: unknown option {key!r}{nearest(key, types)}")
+        checked = _validate(lambda layer=layer: parser.parse_object(_nest(layer)), types, where)
+        parser.set_defaults({key: checked[key] for key in layer})
+    values = _validate(lambda: parser.parse_args(argv), types, "command line").as_dict()
+    values.pop("config")
+    try:
+        parts = {name: cls(**values[name]) for name, cls in {**_sections(), **chosen}.items()}
+        return Config(**{**values, **parts})
+    except ValueError as error:
+        _fail(str(error))
+
+
+def dump(config: Config) -> str:
+    """YAML of every option; `--config` of it gives an equal Config."""
+    return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True)
+
+
+def presets() -> list[str]:
+    return sorted(path.stem for path in PRESETS_DIR.glob("*.yaml"))
+
+
+def preset_for(model: str) -> str:
+    """Name of the preset that a model starts from."""
+    if model == "shapes":
+        return "shapes"
+    return "sd3.5-medium" if "3.5" in model else "sd3-medium"
+
+
+def available(kind: str) -> list[str]:
+    """Names of the objectives or rewards: the files of their folder."""
+    return sorted(module.name for module in pkgutil.iter_modules(KINDS[kind].__path__) if module.name[0] != "_")
+
+
+def nearest(name: str, options: Iterable[str], dashes: str = "") -> str:
+    """`; did you mean X?` with the options that share the last part of `name`, else are close to it; else empty."""
+    options, name = list(options), str(name).replace("-", "_")
+    last = {option: option.rpartition(".")[2] for option in options}
+    found = [option for option in options if last[option] == name.rpartition(".")[2]]
+    found = found or difflib.get_close_matches(name, options, n=1, cutoff=0.75)
+    if not found:
+        close = difflib.get_close_matches(name.rpartition(".")[2], last.values(), n=1, cutoff=0.6)
+        found = [option for option in options if last[option] in close]
+    return f"; did you mean {' or '.join(dashes + option for option in found)}?" if found else ""
+
+
+def _layers(argv: list[str]) -> list[tuple[str, Layer]]:
+    """(where it is from, options) of the preset and of each --config, the weakest first."""
+    files = _given(argv, "config")
+    layers = [_read(file) for file in files]
+    if not set(files) & set(presets()):
+        models = [layer["model"] for _, layer in layers if "model" in layer] + _given(argv, "model")
+        layers.insert(0, _read(preset_for(str(models[-1] if models else Config.model))))
+    return layers
+
+
+def _read(file: str) -> tuple[str, Layer]:
+    path = PRESETS_DIR / f"{file}.yaml" if file in presets() else Path(file).expanduser()
+    try:
+        content = jsonargparse.get_loader("yaml")(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        _fail(f"--config {file}: no such file, and the presets are {', '.join(presets())}{nearest(file, presets())}")
+    except Exception as error:  # i/o, encoding, YAML syntax
+        _fail(f"--config {file} cannot be read: {error}")
+    if not isinstance(content or {}, dict):
+        _fail(f"{path}: holds a {type(content).__name__}; it must map options to values, such as `epochs: 10`")
+    layer: Layer = {}
+    for key, value in (content or {}).items():
+        section = key in KINDS or key in _sections()
+        if isinstance(value, dict) or (section and value is None):
+            layer |= {f"{key}.{name}": entry for name, entry in (value or {}).items()}
+        elif key in KINDS:
+            layer[f"{key}.name"] = value
+        elif section:
+            _fail(f"{path}: {key} is {value!r}; it must map options to values, such as `{key}: {{...}}`")
+        else:
+            layer[str(key)] = value
+    return str(path), layer
+
+
+def _choose(kind: str, layers: list[tuple[str, Layer]], argv: list[str]) -> type:
+    """The dataclass that the strongest layer names. Options that weaker layers give to another one are dropped."""
+    name, owners = _sections(KINDS)[kind]().name, []
+    for _, layer in layers:
+        name = layer.get(f"{kind}.name", name)
+        owners.append(name)
+    name = (_given(argv, f"{kind}.name") or [name])[-1]
+    if name not in available(kind):
+        where = "".join(f" (from {where})" for where, layer in layers if layer.get(f"{kind}.name") == name)
+        _fail(f"unknown {kind} {name!r}{where}; available: {', '.join(available(kind))}{nearest(name, available(kind))}")
+    for (_, layer), owner in zip(layers, owners, strict=True):
+        if owner != name:
+            for key in [key for key in layer if key.startswith(f"{kind}.")]:
+                del layer[key]
+    module = importlib.import_module(f"{KINDS[kind].__name__}.{name}")
+    for cls in vars(module).values():
+        if dataclasses.is_dataclass(cls) and cls.__module__ == module.__name__ and getattr(cls, "name", None) == name:
+            return cls
+    raise TypeError(f'{module.__file__} has no dataclass with the field `name: Literal["{name}"] = "{name}"`')
+
+
+def _sections(kinds: Iterable[str] = ()) -> dict[str, type]:
+    """The dataclasses within Config by field name: the plain ones, or those of `kinds` (then the default's class)."""
+    nested = {name: hint for name, hint in get_type_hints(Config).items() if dataclasses.is_dataclass(hint)}
+    return {name: hint for name, hint in nested.items() if name in (kinds or nested.keys() - KINDS.keys())}
+
+
+def _parser(chosen: dict[str, type]) -> tuple[jsonargparse.ArgumentParser, dict[str, Any]]:
+    """The parser, and the type of each dotted option."""
+    parser = jsonargparse.ArgumentParser(
+        prog="train_sd3.py", description="Fine-tunes SD3 or SD3.5 with a reward.", exit_on_error=False
+    )
+    parser.add_argument("--config", type=str, help=CONFIG_HELP)
+    types: dict[str, Any] = {}
+    for section, cls in [("", Config), *chosen.items(), *_sections().items()]:
+        group = parser.add_argument_group(section, first_line(cls)) if section else parser
+        hints, comments = get_type_hints(cls), option_help(cls)
+        for field in dataclasses.fields(cls):
+            if dataclasses.is_dataclass(hints[field.name]):
+                continue
+            key = f"{section}.{field.name}" if section else field.name
+            types[key] = hints[field.name]
+            factory = field.default_factory
+            default = field.default if factory is dataclasses.MISSING else factory()
+            text = comments.get(field.name, "")
+            if section in KINDS and field.name == "name":
+                text = f"--{section} NAME for short, one of: {', '.join(available(section))}"
+            flag = {"nargs": "?", "const": True} if types[key] is bool else {}
+            group.add_argument(f"--{key}", type=types[key], default=default, help=text.replace("%", "%%"), **flag)
+    return parser, types
+
+
+def _given(argv: list[str], name: str) -> list[str]:
+    """Values that the command line gives to an option, in order: `--name value` or `--name=value`."""
+    values = []
+    for position, word in enumerate(argv):
+        option, equals, value = word.partition("=")
+        if option == f"--{name}":
+            values += [value] if equals else argv[position + 1 : position + 2]
+    return values
+
+
+def _refuse_unknown(argv: list[str], types: dict[str, Any]) -> None:
+    known = [*types, *KINDS, "config", "help"]
+    for word in argv:
+        name = word.partition("=")[0].removesuffix("+")
+        if name.startswith("--") and name[2:] not in known:
+            _fail(f"unknown option {name}{nearest(name[2:], known, '--')} (--help lists them all)")
+
+
+def _validate(action: Callable[[], jsonargparse.Namespace], types: dict[str, Any], where: str) -> jsonargparse.Namespace:
+    """The action's result; jsonargparse's complaint becomes one line, with the nearest of an option's allowed values."""
+    try:
+        return action()
+    except jsonargparse.ArgumentError as error:
+        message = " ".join(str(error).split())
+        found = re.search(r'key "(.*?)".* value: (.*)$', message)
+        if not found or found[1] not in types:
+            _fail(f"{where}: {message}")
+        key, value = found.groups()
+        hint = types[key]
+        choices = get_args(hint) if get_origin(hint) is Literal else ()
+        allowed = f"one of {', '.join(choices)}" if choices else hint.__name__ if isinstance(hint, type) else hint
+        allowed = "a list, such as '[attn.to_q, attn.to_v]'" if get_origin(hint) is list else allowed
+        _fail(f"{where}: {key} is {value!r}; it must be {allowed}{nearest(value, choices)}")
+
+
+def _nest(layer: Layer) -> dict[str, Any]:
+    nested: dict[str, Any] = {}
+    for key, value in layer.items():
+        section, _, name = key.rpartition(".")
+        (nested.setdefault(section, {}) if section else nested)[name] = value
+    return nested
+
+
+def _fail(message: str) -> NoReturn:
+    print(f"train_sd3.py: error: {message}", file=sys.stderr)
+    raise SystemExit(2)

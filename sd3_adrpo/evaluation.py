@@ -1,0 +1,265 @@
+"""Base and LoRA on the same prompts and the same noise: what each draws, how good and how varied it is.
+
+`measure` looks at one set of weights, `compare` sets two measurements against each other, pair by pair; a training run
+measures before its first update and after its last, `evaluate` does both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor
+
+from . import figures
+from .config import EvalConfig
+from .metrics import clip_diversity, mean_and_stderr, paired_difference, w2_drift
+from .models.sd3 import SD3
+from .policy import Policy
+from .prompts import Prompt
+from .rewards.clip import ClipScorer, quantise
+from .rollout import sample
+from .seeds import seed_for
+from .types import Condition
+
+METRICS = ("reward", "clip_diversity", "w2_drift", "accuracy", "free_diversity")
+Progress = Callable[[int, int], None]  # images done, images in all
+
+
+class LoadedLora(Policy):
+    """A LoRA that diffusers has loaded into the model, seen as a policy: measuring needs no optimiser's view of it."""
+
+    def __init__(self, model: SD3) -> None:
+        self.model = model
+        self._layers = [module for module in model.transformer.modules() if isinstance(module, BaseTunerLayer)]
+
+
+@dataclass
+class Measurement:
+    """One set of weights on N prompts with K images each, B = N K. `Measurement(**vars(m))` copies it: only plain types.
+
+    Values of single images are (B,), those of prompts (N,); NaN where a value does not apply.
+    """
+
+    prompts: list[str]
+    categories: list[str | None]
+    prompt: Tensor  # (B,) index into prompts
+    images: Tensor  # (B, 3, H, W) uint8
+    reward: Tensor  # (B,) in the reward's own unit
+    accuracy: Tensor  # (B,) 1: the image shows what the prompt asks for, 0: not, NaN: the prompt is not of the world
+    w2_drift: Tensor  # (B,) exactly 0 for the base
+    clip_diversity: Tensor  # (N,) mean pairwise 1 - cosine; NaN for K = 1
+    free_diversity: Tensor  # (N,) of right images, relative to drawn ones; NaN with under two right images
+    free_diversity_mean: float | None  # over all prompts, each weighted by its drawn images' diversity
+
+    def summary(self) -> dict[str, float | None]:
+        """Means by metric, None where one does not apply."""
+        means = {name: mean_and_stderr(getattr(self, name))["mean"] for name in METRICS}
+        return {**means, "free_diversity": self.free_diversity_mean}
+
+    def clusters(self, metric: str) -> Tensor:
+        """The prompt that each value of the metric belongs to."""
+        return self.prompt if len(getattr(self, metric)) == len(self.prompt) else torch.arange(len(self.prompts))
+
+
+@dataclass
+class Evaluation:
+    before: Measurement
+    after: Measurement | None = None  # None: there is no LoRA
+
+    def summary(self) -> dict[str, Any]:
+        """`compare`, and under "categories" the table of every category, "overall" first."""
+        return {**compare(self.before, self.after), "categories": table(self.before, self.after)}
+
+    def save_picture(self, folder: str | Path, rows: int = 8, columns: int = 4) -> Path:
+        """before_after.png, or grid.png of the base alone: prompts at even steps through the file, never picked."""
+        return save_picture(self.before, self.after, folder, rows, columns)
+
+
+def encode_prompts(model: SD3, prompts: Sequence[Prompt], guidance_scale: float) -> tuple[Condition, Condition | None]:
+    """A row per prompt, and with guidance the same of negative prompts ("" where a prompt has none)."""
+    condition = model.encode([prompt.text for prompt in prompts])
+    if guidance_scale == 1.0:
+        return condition, None
+    negatives = [prompt.negative or "" for prompt in prompts]
+    unique = list(dict.fromkeys(negatives))
+    return condition, model.encode(unique).select(torch.tensor([unique.index(text) for text in negatives]))
+
+
+@torch.no_grad()
+def measure(
+    policy: Policy | None,
+    model: SD3,
+    scorer: ClipScorer,
+    prompts: Sequence[Prompt],
+    config: EvalConfig,
+    height: int,
+    width: int,
+    *,
+    condition: Condition | None = None,
+    negative: Condition | None = None,
+    shift: float | None = None,
+    solver: str = "euler",
+    progress: Progress | None = None,
+) -> Measurement:
+    """Measures the model's weights as they are: drift is against `policy.reference()`, and 0 without a policy.
+
+    For the base of a policy: `with policy.reference(): measure(None, ...)`. Each image's noise comes from `config.seed`,
+    its prompt's text and its number, whatever else is in the file. `condition` (N rows) and `negative` spare the text
+    encoders. ValueError for a size that the model has not.
+    """
+    if condition is None:
+        condition, negative = encode_prompts(model, prompts, config.guidance_scale)
+    shape, sigmas = model.latent_shape(height, width), model.sigmas(config.num_inference_steps, shift, height, width)
+    number = config.samples_per_prompt
+    index = torch.arange(len(prompts)).repeat_interleave(number)
+    texts = [prompt.text for prompt in prompts for _ in range(number)]
+    seeds = [seed_for(config.seed, "evaluation", text, row % number) for row, text in enumerate(texts)]
+    training = model.transformer.training
+    model.transformer.eval()
+    parts = []
+    for start in range(0, len(texts), config.batch_size):
+        rows = slice(start, start + config.batch_size)
+        options = {"solver": solver, "guidance_scale": config.guidance_scale, "negative": negative}
+        clean = sample(
+            model, condition, index[rows], seeds[rows], sigmas, shape, batch_size=config.batch_size, **options
+        )
+        images = quantise(model.decode(clean, config.batch_size))
+        embeddings = scorer.embed_images(images)
+        drift = torch.zeros(len(clean))
+        if policy is not None:
+            drift = w2_drift(policy, clean, condition, index[rows], seeds[rows], batch_size=config.batch_size)
+        parts.append((images.cpu(), embeddings.cpu(), scorer.score(embeddings, texts[rows]), drift))
+        if progress:
+            progress(min(start + config.batch_size, len(texts)), len(texts))
+    model.transformer.train(training)
+    images, embeddings, reward, drift = (torch.cat(part) for part in zip(*parts, strict=True))
+    accuracy, free, free_mean = _verify(images, texts, number)
+    return Measurement(
+        prompts=[prompt.text for prompt in prompts],
+        categories=[prompt.category for prompt in prompts],
+        prompt=index,
+        images=images,
+        reward=reward,
+        accuracy=accuracy,
+        w2_drift=drift,
+        clip_diversity=clip_diversity(embeddings, index),
+        free_diversity=free,
+        free_diversity_mean=free_mean,
+    )
+
+
+def _verify(images: Tensor, texts: Sequence[str], number: int) -> tuple[Tensor, Tensor, float | None]:
+    """Accuracy (B,), free diversity (N,) and over all prompts; NaN and None outside the built-in world."""
+    from .shapes.grammar import parse  # late: other models do not need the built-in world
+    from .shapes.verifier import free_diversity, verify
+
+    nan = float("nan")
+    if not any(parse(text) for text in texts[::number]):
+        return torch.full((len(texts),), nan), torch.full((len(texts) // number,), nan), None
+    images = images.float() / 255
+    right = [nan if answer is None else float(answer) for answer in verify(images, texts)]
+    pairs = zip(images.split(number), texts[::number], strict=True)
+    free = [free_diversity(group, [text] * number) for group, text in pairs]
+    return torch.tensor(right), torch.tensor([nan if v is None else v for v in free]), free_diversity(images, texts)
+
+
+def evaluate(
+    policy: Policy | None,
+    model: SD3,
+    scorer: ClipScorer,
+    prompts: Sequence[Prompt],
+    config: EvalConfig,
+    height: int,
+    width: int,
+    *,
+    before: Measurement | None = None,
+    progress: Callable[[str], Progress] | None = None,
+    **options: Any,
+) -> Evaluation:
+    """Base, and LoRA where there is a policy. `before` is reused; `progress("before")` makes the callback of a phase.
+
+    `options` are those of `measure`; the prompts are encoded once.
+    """
+    if options.get("condition") is None:
+        options["condition"], options["negative"] = encode_prompts(model, prompts, config.guidance_scale)
+
+    def run(weights: Policy | None, phase: str) -> Measurement:
+        callback = progress(phase) if progress else None
+        return measure(weights, model, scorer, prompts, config, height, width, progress=callback, **options)
+
+    if before is None:
+        with policy.reference() if policy else nullcontext():
+            before = run(None, "before")
+    return Evaluation(before, run(policy, "after") if policy else None)
+
+
+def compare(before: Measurement, after: Measurement | None) -> dict[str, Any]:
+    """{"before", "after": {metric: value}, "difference": {metric: {"mean", "stderr"}}}, None where not applicable.
+
+    Differences are paired by noise, their errors clustered by prompt (`metrics.paired_difference`). The error of
+    free_diversity is that of its unweighted mean over the prompts that have it both times.
+    """
+    if after is None:
+        return {"before": before.summary(), "after": None, "difference": None}
+    if before.prompts != after.prompts or before.prompt.shape != after.prompt.shape:
+        raise ValueError("the two measurements are of other prompts or other numbers of images: they cannot be paired")
+    summary = {"before": before.summary(), "after": after.summary()}
+    difference = {name: _paired(before, after, name) for name in METRICS}
+    first, second = before.free_diversity_mean, after.free_diversity_mean
+    difference["free_diversity"]["mean"] = None if first is None or second is None else second - first
+    return {**summary, "difference": difference}
+
+
+def _paired(before: Measurement, after: Measurement, name: str, rows: Tensor | None = None) -> dict[str, float | None]:
+    clusters = before.clusters(name)
+    rows = torch.ones(len(clusters), dtype=torch.bool) if rows is None else rows
+    return paired_difference(getattr(before, name)[rows], getattr(after, name)[rows], clusters[rows])
+
+
+def table(before: Measurement, after: Measurement | None = None) -> dict[str, dict[str, Any]]:
+    """Per category, "overall" first: "images", "prompts", and per metric {"before", "after", "difference"}, each with
+    "mean" and "stderr" (clustered by prompt)."""
+    names = list(dict.fromkeys(name for name in before.categories if name is not None))
+    groups = {"overall": range(len(before.prompts))}
+    groups |= {name: [i for i, other in enumerate(before.categories) if other == name] for name in names}
+    return {name: _row(before, after, torch.tensor(list(members))) for name, members in groups.items()}
+
+
+def _row(before: Measurement, after: Measurement | None, members: Tensor) -> dict[str, Any]:
+    row: dict[str, Any] = {"prompts": len(members), "images": int(torch.isin(before.prompt, members).sum())}
+    for name in METRICS:
+        rows = torch.isin(before.clusters(name), members)
+        cells = {"before": mean_and_stderr(getattr(before, name)[rows], before.clusters(name)[rows])}
+        if after is not None:
+            cells["after"] = mean_and_stderr(getattr(after, name)[rows], after.clusters(name)[rows])
+            cells["difference"] = _paired(before, after, name, rows)
+        row[name] = cells
+    return row
+
+
+def save_picture(
+    before: Measurement, after: Measurement | None, folder: str | Path, rows: int = 8, columns: int = 4
+) -> Path:
+    """See `Evaluation.save_picture`."""
+    total = len(before.prompts)
+    number = len(before.prompt) // total
+    rows, columns = min(rows, total), min(columns, number)
+    chosen = torch.linspace(0, total - 1, rows).round().long()
+    texts = [before.prompts[i] for i in chosen.tolist()]
+
+    def block(values: Tensor) -> Tensor:
+        return values.unflatten(0, (total, number))[chosen, :columns]
+
+    def flags(one: Measurement) -> list[list[bool | None]]:
+        return [[None if value != value else bool(value) for value in row] for row in block(one.accuracy).tolist()]
+
+    if after is None:
+        return figures.grid(block(before.images).flatten(0, 1), columns, Path(folder) / "grid.png", texts)
+    path = Path(folder) / "before_after.png"
+    return figures.before_after(path, block(before.images), block(after.images), texts, flags(before), flags(after))

@@ -1,0 +1,56 @@
+"""Exact joint attention over fewer tokens, for pipelines without T5.
+
+Without its third text encoder, diffusers' SD3 pipeline appends as many zero embeddings as the tokenizer is long. They
+have no positions, so they stay alike in every layer: n equal keys weigh in a softmax as one key whose logit is raised by
+log n. One token with that bias gives the same velocity, to rounding, for a good third fewer tokens on the built-in
+world (n = 24 beside 24 words and 16 patches).
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from diffusers import SD3Transformer2DModel
+from diffusers.models.attention_processor import Attention, JointAttnProcessor2_0
+from torch import Tensor
+
+
+class RepeatedTokenProcessor(JointAttnProcessor2_0):
+    """SD3's joint attention in which the last context token stands for `repeats` equal ones."""
+
+    def __call__(
+        self,
+        attn: Attention,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        repeats: int = 1,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        if repeats == 1 or encoder_hidden_states is None:
+            return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask)
+
+        def heads(x: Tensor) -> Tensor:
+            return x.unflatten(-1, (attn.heads, -1)).transpose(1, 2)
+
+        def normed(norm: torch.nn.Module | None, x: Tensor) -> Tensor:
+            return x if norm is None else norm(x)
+
+        image, context = hidden_states, encoder_hidden_states
+        query = [normed(attn.norm_q, heads(attn.to_q(image))), normed(attn.norm_added_q, heads(attn.add_q_proj(context)))]
+        key = [normed(attn.norm_k, heads(attn.to_k(image))), normed(attn.norm_added_k, heads(attn.add_k_proj(context)))]
+        value = [heads(attn.to_v(image)), heads(attn.add_v_proj(context))]
+        query, key, value = (torch.cat(parts, dim=2) for parts in (query, key, value))
+        bias = query.new_zeros(1, 1, 1, key.shape[2])
+        bias[..., -1] = math.log(repeats)
+        mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=bias).transpose(1, 2).flatten(2)
+        image, context = mixed.split([image.shape[1], context.shape[1]], dim=1)
+        image = attn.to_out[1](attn.to_out[0](image))
+        return image, context if attn.context_pre_only else attn.to_add_out(context)
+
+
+def allow_repeats(transformer: SD3Transformer2DModel) -> None:
+    """Lets `joint_attention_kwargs={"repeats": n}` through to the joint attention; without it nothing changes."""
+    for block in transformer.transformer_blocks:
+        block.attn.set_processor(RepeatedTokenProcessor())

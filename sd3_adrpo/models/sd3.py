@@ -1,0 +1,235 @@
+"""SD3 and SD3.5: a diffusers pipeline behind encode / velocity / decode / sigmas. Convention and shapes: types.py.
+
+Everything that knows how diffusers stores or calls these models is here; the rest of the program sees tensors.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from diffusers import StableDiffusion3Pipeline
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+)
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from .. import flow
+from ..errors import UserError
+from ..types import Condition
+
+logger = logging.getLogger(__name__)
+
+LOAD_ERRORS = (OSError, ValueError, ImportError, SafetensorError)
+TRUNCATION_LOGGERS = (
+    "diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3",
+    "transformers.tokenization_utils_base",
+)
+
+
+class SD3:
+    """A frozen pipeline in evaluation mode. `dtype` is the transformer's; the VAE's can differ (see `load`)."""
+
+    def __init__(self, pipeline: StableDiffusion3Pipeline, name: str, max_sequence_length: int = 128) -> None:
+        self.pipeline = pipeline
+        self.transformer, self.vae = pipeline.transformer, pipeline.vae
+        self.name = name
+        self.device = self.transformer.device
+        self.dtype = self.transformer.dtype  # read once: with float32 adapters the property depends on their order
+        self.max_sequence_length = max_sequence_length
+        for module in pipeline.components.values():
+            if isinstance(module, nn.Module):
+                module.requires_grad_(False).eval()
+
+    @classmethod
+    def load(
+        cls,
+        model: str,
+        dtype: torch.dtype = torch.float32,
+        device: str | torch.device = "cpu",
+        max_sequence_length: int = 128,
+    ) -> SD3:
+        """Loads "shapes" (the built-in world), a local folder in diffusers' format, or a hub id.
+
+        All weights are in `dtype`, but the VAE stays in float32 when that is float16, where its activations overflow.
+        Without a T5 encoder (text_encoder_3) its tokens are zeros, `max_sequence_length` of them.
+        Raises UserError with the remedy when the model is missing, gated, unreachable, incomplete or no SD3.
+        """
+        source = _source(model)
+        vae_dtype = dtype if dtype == torch.bfloat16 else torch.float32
+        try:
+            index = StableDiffusion3Pipeline.load_config(source)
+            kind = index.get("_class_name")
+            if kind != "StableDiffusion3Pipeline":
+                raise UserError(f"{model} holds a {kind}; only StableDiffusion3Pipeline (SD3, SD3.5) can be trained")
+            # diffusers loads a pipeline that was saved without T5 only when told so again
+            absent = [name for name in ("text_encoder_3", "tokenizer_3") if index.get(name, [None])[0] is None]
+            pipeline = StableDiffusion3Pipeline.from_pretrained(
+                source, dtype={"default": dtype, "vae": vae_dtype}, **dict.fromkeys(absent)
+            )
+        except LOAD_ERRORS as error:
+            if isinstance(error, UserError):
+                raise
+            raise UserError(_explain(model, error)) from error
+        return cls(pipeline.to(device), model, max_sequence_length)
+
+    @property
+    def has_t5(self) -> bool:
+        """Whether the model comes with a T5 encoder; stays true after `drop_text_encoders`."""
+        return self.pipeline.tokenizer_3 is not None
+
+    @torch.no_grad()
+    def encode(self, prompts: Sequence[str], batch_size: int = 32) -> Condition:
+        """One row per prompt, in `dtype`, on the CPU; embeds (N, T, D), pooled (N, P). One warning for cut prompts."""
+        if self.pipeline.text_encoder is None:
+            raise RuntimeError("the text encoders were dropped: encode every prompt before drop_text_encoders()")
+        embeds, pooled = [], []
+        with _truncation_messages_silenced():
+            self._warn_of_cut_prompts(prompts)
+            for start in range(0, len(prompts), batch_size):
+                rows = list(prompts[start : start + batch_size])
+                embed, _, pool, _ = self.pipeline.encode_prompt(
+                    prompt=rows,
+                    prompt_2=None,
+                    prompt_3=None,
+                    device=self.device,
+                    do_classifier_free_guidance=False,
+                    max_sequence_length=self.max_sequence_length,
+                )
+                embeds.append(embed.cpu())
+                pooled.append(pool.cpu())
+        return Condition(torch.cat(embeds), torch.cat(pooled))
+
+    def _warn_of_cut_prompts(self, prompts: Sequence[str]) -> None:
+        """CLIP reads 77 tokens in SD3, less in small models; T5, where there is one, reads `max_sequence_length`."""
+        limit = self.pipeline.tokenizer_max_length
+        cut = [prompt for prompt in prompts if len(self.pipeline.tokenizer(prompt).input_ids) > limit]
+        if not cut:
+            return
+        rest = f" (T5 still sees {self.max_sequence_length} of its own)" if self.has_t5 else ""
+        logger.warning(
+            "%d of %d prompts are cut at the text encoder's %d tokens%s; the first is %r",
+            *(len(cut), len(prompts), limit, rest, cut[0]),
+        )
+
+    def drop_text_encoders(self) -> None:
+        """Frees the text encoders' memory; the tokenizers stay. A pipeline saved afterwards would lack them."""
+        for name in ("text_encoder", "text_encoder_2", "text_encoder_3"):
+            setattr(self.pipeline, name, None)
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
+        """(C, h, w) of the latent of an image of `height` x `width` pixels; ValueError when the model has none."""
+        factor, config = self.pipeline.vae_scale_factor, self.transformer.config
+        step = factor * config.patch_size
+        largest = config.pos_embed_max_size * step
+        for name, pixels in (("height", height), ("width", width)):
+            if pixels < 1 or pixels % step:
+                raise ValueError(f"{name} is {pixels}; {self.name} needs a positive multiple of {step} pixels")
+            if pixels > largest:
+                raise ValueError(f"{name} is {pixels}; {self.name} has positions for at most {largest} pixels")
+        return config.in_channels, height // factor, width // factor
+
+    def sigmas(self, steps: int, shift: float | None, height: int, width: int) -> Tensor:
+        """Our own grid (steps + 1,) float32 from 1 to 0, with the scheduler's shift when `shift` is None."""
+        if shift is None:
+            config = self.pipeline.scheduler.config
+            shift = config.shift
+            if config.use_dynamic_shifting:
+                _, rows, columns = self.latent_shape(height, width)
+                shift = flow.dynamic_shift(rows * columns // self.transformer.config.patch_size**2, config)
+        return flow.sigma_grid(steps, shift)
+
+    def velocity(
+        self, noisy: Tensor, sigma: Tensor, condition: Condition, transformer: nn.Module | None = None
+    ) -> Tensor:
+        """v (B, C, h, w) in `dtype`, at noisy (B, C, h, w) and sigma (B,). `transformer` may be a wrapper of ours.
+
+        The time stays a float32: cast to the model's type, or to whole numbers, it would be another time.
+        """
+        transformer = self.transformer if transformer is None else transformer
+        condition = condition.to(device=noisy.device, dtype=self.dtype)
+        return transformer(
+            hidden_states=noisy.to(self.dtype),
+            timestep=1000 * sigma.to(device=noisy.device, dtype=torch.float32),
+            encoder_hidden_states=condition.embeds,
+            pooled_projections=condition.pooled,
+            return_dict=False,
+        )[0]
+
+    @torch.no_grad()
+    def decode(self, clean: Tensor, batch_size: int = 16) -> Tensor:
+        """Images (B, 3, H, W), float32 in [0, 1], on the device of `clean` (B, C, h, w)."""
+        config, images = self.vae.config, []
+        for chunk in clean.split(batch_size):
+            latent = chunk.to(self.device, torch.float32) / config.scaling_factor + config.shift_factor
+            image = self.vae.decode(latent.to(self.vae.dtype), return_dict=False)[0]
+            images.append((image.float() / 2 + 0.5).clamp(0, 1).to(clean.device))
+        return torch.cat(images)
+
+
+def _source(model: str) -> str:
+    """The folder or hub id to hand to diffusers."""
+    if model == "shapes":
+        from ..shapes import PIPELINE_DIR  # late: the built-in world is not needed for other models
+
+        return str(PIPELINE_DIR)
+    path = Path(model).expanduser()
+    if path.is_dir():
+        if not (path / "model_index.json").is_file():
+            raise UserError(f"{model} has no model_index.json: give the folder of a pipeline in diffusers' format")
+        return str(path)
+    if path.is_file():
+        raise UserError(f"{model} is a file: give the folder of a pipeline in diffusers' format, or a hub id")
+    if model.count("/") != 1 or model.startswith((".", "/", "~")) or model.endswith("/"):
+        raise UserError(f'{model} is no folder here: give "shapes", a local folder, or a hub id such as owner/name')
+    return model
+
+
+def _explain(model: str, error: BaseException) -> str:
+    """What went wrong and what to do, from the whole chain of causes: diffusers rewords the hub's own errors."""
+    chain, link = [], error
+    while link is not None and link not in chain:
+        chain.append(link)
+        link = link.__cause__ or link.__context__
+
+    def caused_by(*kinds: type) -> bool:
+        return any(isinstance(link, kinds) for link in chain)
+
+    page = f"https://huggingface.co/{model}"
+    if caused_by(GatedRepoError):
+        return f"{model} is gated: accept its licence at {page}, then log in with `hf auth login`"
+    if caused_by(RepositoryNotFoundError):
+        return f"{model} is not on the hub, or private: check the name at {page}, or log in with `hf auth login`"
+    if caused_by(LocalEntryNotFoundError, ConnectionError):
+        return (
+            f"{model} is not in the local cache and the hub cannot be reached: connect (and unset HF_HUB_OFFLINE), "
+            f"or run `hf download {model} --local-dir FOLDER` elsewhere and give that folder as the model"
+        )
+    if caused_by(EntryNotFoundError):
+        return f"{model} has no model_index.json: it is not a pipeline in diffusers' format"
+    return f"{model} does not load, a part of it may be missing or damaged: {error}"
+
+
+@contextmanager
+def _truncation_messages_silenced() -> Iterator[None]:
+    """diffusers and transformers write one message per cut prompt and encoder; ours is one for all."""
+    loggers = [logging.getLogger(name) for name in TRUNCATION_LOGGERS]
+    levels = [each.level for each in loggers]
+    try:
+        for each in loggers:
+            each.setLevel(logging.ERROR)
+        yield
+    finally:
+        for each, level in zip(loggers, levels, strict=True):
+            each.setLevel(level)

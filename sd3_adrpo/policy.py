@@ -1,0 +1,78 @@
+"""The policy: LoRA on the frozen transformer. The reference is the same transformer with its adapters off."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import peft
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor
+
+from .config import LoraConfig
+from .errors import UserError
+from .models.sd3 import SD3
+from .types import Condition
+
+ADAPTER = "policy"
+
+
+class Policy:
+    """Velocities under the trained and under the frozen weights, without a second copy of the model."""
+
+    def __init__(self, model: SD3, lora: LoraConfig, gradient_checkpointing: bool = False) -> None:
+        self.model = model
+        transformer = model.transformer.requires_grad_(False).eval()  # SD3 has no dropout: eval only says so
+        config = peft.LoraConfig(
+            r=lora.rank, lora_alpha=lora.alpha, init_lora_weights="gaussian", target_modules=list(lora.target_modules)
+        )
+        try:
+            transformer.add_adapter(config, adapter_name=ADAPTER)
+        except ValueError as error:
+            raise UserError(f"lora.target_modules: {error}") from error
+        for parameter in self.parameters():  # small updates round away in bf16
+            parameter.data = parameter.data.float()
+        if gradient_checkpointing:
+            transformer.enable_gradient_checkpointing()
+        self._layers = [module for module in transformer.modules() if isinstance(module, BaseTunerLayer)]
+
+    def parameters(self) -> list[torch.nn.Parameter]:
+        return [parameter for _, parameter in self.named_parameters()]
+
+    def named_parameters(self) -> list[tuple[str, torch.nn.Parameter]]:
+        named = self.model.transformer.named_parameters()
+        return [(name, parameter) for name, parameter in named if f".{ADAPTER}." in name]
+
+    def velocity(self, noisy: Tensor, sigma: Tensor, condition: Condition) -> Tensor:
+        """v (B, C, h, w) of the policy, or of the reference within `reference()`."""
+        return self.model.velocity(noisy, sigma, condition)
+
+    @contextmanager
+    def reference(self) -> Iterator[None]:
+        """Adapters off. `disable_adapters` would also toggle `requires_grad`, after which a backward is silently zero."""
+        before = [layer._disable_adapters for layer in self._layers]
+        for layer in self._layers:
+            layer._disable_adapters = True
+        try:
+            yield
+        finally:
+            for layer, disabled in zip(self._layers, before, strict=True):
+                layer._disable_adapters = disabled
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {name: parameter.detach() for name, parameter in self.named_parameters()}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        named = dict(self.named_parameters())
+        if named.keys() != state.keys():
+            different = sorted(named.keys() ^ state.keys())
+            raise UserError(
+                f"the checkpoint's LoRA has other layers than this run's ({len(different)} differ, e.g. {different[0]}): "
+                "resume with the run's own lora options"
+            )
+        for name, parameter in named.items():
+            if parameter.shape != state[name].shape:
+                raise UserError(f"{name} is {tuple(state[name].shape)} in the checkpoint, {tuple(parameter.shape)} here")
+            parameter.copy_(state[name])

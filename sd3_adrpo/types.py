@@ -1,0 +1,61 @@
+"""The values that flow through the program, and the one convention they obey.
+
+    sigma in [0, 1], 1 = pure noise        noisy    = (1 - sigma) * clean + sigma * noise
+    velocity = noise - clean               transformer(noisy, timestep = 1000 * sigma) ~ velocity
+    sampling integrates d noisy / d sigma = velocity from sigma = 1 down to 0
+
+This is SD3's and diffusers'. Papers that write t = 1 - sigma have velocities of the other sign; the objectives here
+depend on differences of velocities only and do not see it.
+
+Shapes: N unique prompts, B samples, T text tokens, D text width, P pooled width, C h w a latent, H W an image.
+Units: rewards in the reward's own (CLIP: 100 x cosine), images in [0, 1], drift |v - v_ref|^2 as a mean over C, h, w.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Condition:
+    """Prompt embeddings: one row per unique prompt when cached, one per sample when `select`ed."""
+
+    embeds: Tensor  # (N, T, D)
+    pooled: Tensor  # (N, P)
+
+    def select(self, index: Tensor) -> Condition:
+        return Condition(self.embeds[index], self.pooled[index])
+
+    def to(self, *args, **kwargs) -> Condition:
+        return Condition(self.embeds.to(*args, **kwargs), self.pooled.to(*args, **kwargs))
+
+    def cat(self, other: Condition) -> Condition:
+        return Condition(torch.cat([self.embeds, other.embeds]), torch.cat([self.pooled, other.pooled]))
+
+    def __len__(self) -> int:
+        return len(self.embeds)
+
+
+@dataclass
+class Rollout:
+    """An epoch's samples on one process."""
+
+    prompt: Tensor  # (B,) index of the prompt, long, on the CPU
+    clean: Tensor  # (B, C, h, w) sampled latents
+    rewards: Tensor  # (B,) float32, CPU
+    images: Tensor | None = None  # (B, 3, H, W) uint8, CPU; only where somebody looks at them
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What an objective's loss sees: noise draws, each with its sample's advantage. B counts draws."""
+
+    advantage: Tensor  # (B,) clipped
+    sigma: Tensor  # (B,)
+    noisy: Tensor  # (B, C, h, w)
+    target: Tensor  # (B, C, h, w) u = noise - clean
+    reference: Tensor  # (B, C, h, w) v_ref at the same noisy and sigma, no gradient
+    condition: Condition
