@@ -25,9 +25,20 @@ from .option_help import first_line, option_help
 
 PRESETS_DIR = Path(__file__).parent / "presets"
 KINDS = {"objective": objectives, "reward": rewards}  # options that pick a dataclass by name
+METAVARS = {int: "N", float: "X", str: "TEXT", str | None: "TEXT", float | None: "X"}
 CONFIG_HELP = "YAML file of options, or a preset's name; may be repeated"
 
+USAGE = "python train_sd3.py [--model MODEL] [--prompts FILE] [--config FILE] [--OPTION VALUE ...]"
+DESCRIPTION = "Fine-tunes SD3 or SD3.5 with a reward. The defaults shown are those of the model and files given."
+
 Layer = dict[str, Any]  # dotted option names to values
+
+
+class WideHelp(jsonargparse.DefaultHelpFormatter):
+    """One line per option."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=46, width=160)
 
 
 def parse(argv: Sequence[str] | None = None) -> Config:
@@ -129,7 +140,9 @@ def _choose(kind: str, layers: list[tuple[str, Layer]], argv: list[str]) -> type
     name = (_given(argv, f"{kind}.name") or [name])[-1]
     if name not in available(kind):
         where = "".join(f" (from {where})" for where, layer in layers if layer.get(f"{kind}.name") == name)
-        _fail(f"unknown {kind} {name!r}{where}; available: {', '.join(available(kind))}{nearest(name, available(kind))}")
+        _fail(
+            f"unknown {kind} {name!r}{where}; available: {', '.join(available(kind))}{nearest(name, available(kind))}"
+        )
     for (_, layer), owner in zip(layers, owners, strict=True):
         if owner != name:
             for key in [key for key in layer if key.startswith(f"{kind}.")]:
@@ -150,12 +163,12 @@ def _sections(kinds: Iterable[str] = ()) -> dict[str, type]:
 def _parser(chosen: dict[str, type]) -> tuple[jsonargparse.ArgumentParser, dict[str, Any]]:
     """The parser, and the type of each dotted option."""
     parser = jsonargparse.ArgumentParser(
-        prog="train_sd3.py", description="Fine-tunes SD3 or SD3.5 with a reward.", exit_on_error=False
+        prog="train_sd3.py", usage=USAGE, description=DESCRIPTION, formatter_class=WideHelp, exit_on_error=False
     )
-    parser.add_argument("--config", type=str, help=CONFIG_HELP)
+    parser.add_argument("--config", type=str, metavar="FILE", help=CONFIG_HELP)
     types: dict[str, Any] = {}
     for section, cls in [("", Config), *chosen.items(), *_sections().items()]:
-        group = parser.add_argument_group(section, first_line(cls)) if section else parser
+        group = parser.add_argument_group(section, first_line(cls) or None) if section else parser
         hints, comments = get_type_hints(cls), option_help(cls)
         for field in dataclasses.fields(cls):
             if dataclasses.is_dataclass(hints[field.name]):
@@ -164,11 +177,13 @@ def _parser(chosen: dict[str, type]) -> tuple[jsonargparse.ArgumentParser, dict[
             types[key] = hints[field.name]
             factory = field.default_factory
             default = field.default if factory is dataclasses.MISSING else factory()
-            text = comments.get(field.name, "")
+            text = comments.get(field.name) or field.name.replace("_", " ")
             if section in KINDS and field.name == "name":
                 text = f"--{section} NAME for short, one of: {', '.join(available(section))}"
-            flag = {"nargs": "?", "const": True} if types[key] is bool else {}
-            group.add_argument(f"--{key}", type=types[key], default=default, help=text.replace("%", "%%"), **flag)
+            more = {"nargs": "?", "const": True} if types[key] is bool else {}
+            if types[key] in METAVARS:
+                more["metavar"] = METAVARS[types[key]]
+            group.add_argument(f"--{key}", type=types[key], default=default, help=text.replace("%", "%%"), **more)
     return parser, types
 
 
@@ -190,7 +205,9 @@ def _refuse_unknown(argv: list[str], types: dict[str, Any]) -> None:
             _fail(f"unknown option {name}{nearest(name[2:], known, '--')} (--help lists them all)")
 
 
-def _validate(action: Callable[[], jsonargparse.Namespace], types: dict[str, Any], where: str) -> jsonargparse.Namespace:
+def _validate(
+    action: Callable[[], jsonargparse.Namespace], types: dict[str, Any], where: str
+) -> jsonargparse.Namespace:
     """The action's result; jsonargparse's complaint becomes one line, with the nearest of an option's allowed values."""
     try:
         return action()

@@ -41,7 +41,7 @@ class LoadedLora(Policy):
 
 @dataclass
 class Measurement:
-    """One set of weights on N prompts with K images each, B = N K. `Measurement(**vars(m))` copies it: only plain types.
+    """One set of weights on N prompts with K images each, B = N K. Only plain types: `Measurement(**vars(m))` is a copy.
 
     Values of single images are (B,), those of prompts (N,); NaN where a value does not apply.
     """
@@ -78,7 +78,22 @@ class Evaluation:
 
     def save_picture(self, folder: str | Path, rows: int = 8, columns: int = 4) -> Path:
         """before_after.png, or grid.png of the base alone: prompts at even steps through the file, never picked."""
-        return save_picture(self.before, self.after, folder, rows, columns)
+        before, after, total = self.before, self.after, len(self.before.prompts)
+        number = len(before.prompt) // total
+        columns = min(columns, number)
+        chosen = torch.linspace(0, total - 1, min(rows, total)).round().long()
+        texts = [before.prompts[i] for i in chosen.tolist()]
+
+        def block(values: Tensor) -> Tensor:
+            return values.unflatten(0, (total, number))[chosen, :columns]
+
+        def flags(one: Measurement) -> list[list[bool | None]]:
+            return [[None if value != value else bool(value) for value in row] for row in block(one.accuracy).tolist()]
+
+        if after is None:
+            return figures.grid(block(before.images).flatten(0, 1), columns, Path(folder) / "grid.png", texts)
+        path = Path(folder) / "before_after.png"
+        return figures.before_after(path, block(before.images), block(after.images), texts, flags(before), flags(after))
 
 
 def encode_prompts(model: SD3, prompts: Sequence[Prompt], guidance_scale: float) -> tuple[Condition, Condition | None]:
@@ -109,7 +124,7 @@ def measure(
 ) -> Measurement:
     """Measures the model's weights as they are: drift is against `policy.reference()`, and 0 without a policy.
 
-    For the base of a policy: `with policy.reference(): measure(None, ...)`. Each image's noise comes from `config.seed`,
+    For the base of a policy: `with policy.reference(): measure(None, ...)`. An image's noise comes from `config.seed`,
     its prompt's text and its number, whatever else is in the file. `condition` (N rows) and `negative` spare the text
     encoders. ValueError for a size that the model has not.
     """
@@ -129,12 +144,12 @@ def measure(
         clean = sample(
             model, condition, index[rows], seeds[rows], sigmas, shape, batch_size=config.batch_size, **options
         )
-        images = quantise(model.decode(clean, config.batch_size))
+        images = model.decode(clean, config.batch_size)
         embeddings = scorer.embed_images(images)
         drift = torch.zeros(len(clean))
         if policy is not None:
             drift = w2_drift(policy, clean, condition, index[rows], seeds[rows], batch_size=config.batch_size)
-        parts.append((images.cpu(), embeddings.cpu(), scorer.score(embeddings, texts[rows]), drift))
+        parts.append((quantise(images).cpu(), embeddings.cpu(), scorer.score(embeddings, texts[rows]), drift))
         if progress:
             progress(min(start + config.batch_size, len(texts)), len(texts))
     model.transformer.train(training)
@@ -163,10 +178,14 @@ def _verify(images: Tensor, texts: Sequence[str], number: int) -> tuple[Tensor, 
     if not any(parse(text) for text in texts[::number]):
         return torch.full((len(texts),), nan), torch.full((len(texts) // number,), nan), None
     images = images.float() / 255
-    right = [nan if answer is None else float(answer) for answer in verify(images, texts)]
-    pairs = zip(images.split(number), texts[::number], strict=True)
-    free = [free_diversity(group, [text] * number) for group, text in pairs]
-    return torch.tensor(right), torch.tensor([nan if v is None else v for v in free]), free_diversity(images, texts)
+    accuracy = torch.tensor([nan if answer is None else float(answer) for answer in verify(images, texts)])
+
+    def diversity(rows: Sequence[int]) -> float | None:
+        rows = [row for row in rows if accuracy[row] == 1]  # only right images count, and reading takes its time
+        return free_diversity(images[rows], [texts[row] for row in rows])
+
+    free = [diversity(range(start, start + number)) for start in range(0, len(texts), number)]
+    return accuracy, torch.tensor([nan if v is None else v for v in free]), diversity(range(len(texts)))
 
 
 def evaluate(
@@ -241,25 +260,3 @@ def _row(before: Measurement, after: Measurement | None, members: Tensor) -> dic
             cells["difference"] = _paired(before, after, name, rows)
         row[name] = cells
     return row
-
-
-def save_picture(
-    before: Measurement, after: Measurement | None, folder: str | Path, rows: int = 8, columns: int = 4
-) -> Path:
-    """See `Evaluation.save_picture`."""
-    total = len(before.prompts)
-    number = len(before.prompt) // total
-    rows, columns = min(rows, total), min(columns, number)
-    chosen = torch.linspace(0, total - 1, rows).round().long()
-    texts = [before.prompts[i] for i in chosen.tolist()]
-
-    def block(values: Tensor) -> Tensor:
-        return values.unflatten(0, (total, number))[chosen, :columns]
-
-    def flags(one: Measurement) -> list[list[bool | None]]:
-        return [[None if value != value else bool(value) for value in row] for row in block(one.accuracy).tolist()]
-
-    if after is None:
-        return figures.grid(block(before.images).flatten(0, 1), columns, Path(folder) / "grid.png", texts)
-    path = Path(folder) / "before_after.png"
-    return figures.before_after(path, block(before.images), block(after.images), texts, flags(before), flags(after))

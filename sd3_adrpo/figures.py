@@ -58,7 +58,9 @@ def before_after(
     `right_*` (R, K) colours frames green (the image shows what the prompt asks for), red (not); None: no frame.
     """
     if before.shape != after.shape or len(before) != len(prompts):
-        raise ValueError(f"before {tuple(before.shape)}, after {tuple(after.shape)}, {len(prompts)} prompts do not match")
+        raise ValueError(
+            f"before {tuple(before.shape)}, after {tuple(after.shape)}, {len(prompts)} prompts do not match"
+        )
     columns = before.shape[1]
     heads = [(0, titles[0]), (columns, titles[1])]
     flags = [right_before, right_after]
@@ -68,7 +70,7 @@ def before_after(
 
 
 def _sheet(blocks, flags, labels, heads, note, path) -> Path:
-    """Blocks (R, K, 3, H, W) side by side, `heads` as (column, text) on top, labels over the rows, a note at the end."""
+    """Blocks (R, K, 3, H, W) side by side, `heads` as (column, text) on top, labels over rows, a note at the end."""
     rows, columns = blocks[0].shape[:2]
     cells = [[[_cell(image) for image in row] for row in block] for block in blocks]
     width, height = cells[0][0][0].size
@@ -135,7 +137,7 @@ def _save(write, path: str | Path) -> Path:
 
 
 def curves(metrics_jsonl: str | Path, path: str | Path) -> Path | None:
-    """PNG of reward, accuracy, diversity and drift over epochs, as far as the log has them; None when it has nothing."""
+    """PNG of reward, accuracy, diversity and drift over epochs, as far as the log has them; None if it has none."""
     records = _read_log(metrics_jsonl)
     panels = []
     for heading, names in PANELS.items():
@@ -144,7 +146,9 @@ def curves(metrics_jsonl: str | Path, path: str | Path) -> Path | None:
             panels.append((heading, _per_epoch(records, name)))
     if not panels:
         return None
-    figure, axes = pyplot.subplots(1, len(panels), figsize=(4.2 * len(panels), 3.2), squeeze=False, layout="constrained")
+    figure, axes = pyplot.subplots(
+        1, len(panels), figsize=(4.2 * len(panels), 3.2), squeeze=False, layout="constrained"
+    )
     for axis, (heading, points) in zip(axes[0], panels, strict=True):
         axis.plot(*zip(*points, strict=True), marker="." if len(points) < 60 else None)
         axis.set(title=heading, xlabel="epoch")

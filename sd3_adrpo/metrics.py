@@ -55,7 +55,7 @@ def paired_difference(before: Tensor, after: Tensor, prompt: Tensor | None = Non
     """{"mean", "stderr"} of after - before, (B,) each, where row i of both comes from the same noise.
 
     Pairing removes what the noise alone decides. With `prompt` (B,) the error is clustered by prompt, because several
-    images of one prompt gain or lose together: it is the error for other prompts of the same kind, not only other noise.
+    images of one prompt gain or lose together: it is the error for other prompts of this kind, not only other noise.
     """
     return mean_and_stderr(after.double() - before.double(), prompt)
 
@@ -70,9 +70,9 @@ def w2_drift(
     sigmas: Sequence[float] = DRIFT_SIGMAS,
     batch_size: int = 16,
 ) -> Tensor:
-    """|v - v_ref|^2 as a mean over C, h, w and `sigmas`, (B,) float32 on the CPU: how far the policy left its reference.
+    """|v - v_ref|^2 as a mean over C, h, w and `sigmas`, (B,) float32 on the CPU: how far the policy is from the base.
 
-    At noised `clean` (B, C, h, w), each row's noise from its own seed; `condition` (N rows) is indexed by `prompt` (B,).
+    At noised `clean` (B, C, h, w), noise from each row's own seed. `condition` (N rows) is picked by `prompt` (B,).
     """
     device = policy.model.device
     per_call = max(1, batch_size // len(sigmas))

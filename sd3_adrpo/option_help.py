@@ -30,4 +30,4 @@ def option_help(cls: type) -> dict[str, str]:
 def first_line(cls: type) -> str:
     """First line of a class's docstring; a dataclass without one has a made-up signature there, which is left out."""
     text = (inspect.getdoc(cls) or "").partition("\n")[0]
-    return "" if text.startswith(f"{cls.__name__}(") else text
+    return "" if text.startswith(f"{cls.__name__}(") else text.rstrip(":")

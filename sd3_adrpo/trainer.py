@@ -89,6 +89,7 @@ class Trainer:
     def run_epoch(self, progress: Any) -> tuple[dict[str, float], list[dict[str, float]]]:
         """One epoch: metrics of the rollout, and of every update. `progress(phase, done, total)` is told how far it is."""
         if self.rollout is None:
+            self._check_stop()
             self._sample(progress)
         self.policy.model.transformer.train(self.config.train.gradient_checkpointing)
         logs = []
@@ -96,6 +97,7 @@ class Trainer:
             logs += self._update_pass(progress)
             self.inner, self.update = self.inner + 1, 0
         metrics = self._rollout_metrics(self.rollout)
+        self.last_images = self.rollout.images, [self.prompts[index] for index in self.rollout.prompt.tolist()]
         self.epoch, self.inner, self.rollout = self.epoch + 1, 0, None
         updates = [dict(zip(log, torch.stack(list(log.values())).tolist(), strict=True)) for log in logs]
         return metrics, updates
@@ -110,7 +112,8 @@ class Trainer:
         self.model.transformer.eval()
         parts = []
         for start in range(0, len(prompt), rollout.batch_size):
-            self._check_stop()
+            if self.accelerator.num_processes == 1:
+                self._check_stop()
             rows = slice(start, start + rollout.batch_size)
             clean = sample(
                 self.model,
@@ -232,7 +235,8 @@ class Trainer:
         return self.accelerator.gather(values.to(self.accelerator.device)).cpu()
 
     def _check_stop(self) -> None:
-        if self.stopped:
+        """Several processes stop between epochs only: within one, each holds samples that the others have not."""
+        if self.stopped and (self.accelerator.num_processes == 1 or self.rollout is None):
             raise Interrupted
 
     # state

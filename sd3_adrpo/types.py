@@ -25,15 +25,17 @@ class Condition:
 
     embeds: Tensor  # (N, T, D)
     pooled: Tensor  # (N, P)
+    repeats: int = 1  # how many equal tokens the last of T stands for (models/repeated_token.py)
 
     def select(self, index: Tensor) -> Condition:
-        return Condition(self.embeds[index], self.pooled[index])
+        return Condition(self.embeds[index], self.pooled[index], self.repeats)
 
     def to(self, *args, **kwargs) -> Condition:
-        return Condition(self.embeds.to(*args, **kwargs), self.pooled.to(*args, **kwargs))
+        return Condition(self.embeds.to(*args, **kwargs), self.pooled.to(*args, **kwargs), self.repeats)
 
     def cat(self, other: Condition) -> Condition:
-        return Condition(torch.cat([self.embeds, other.embeds]), torch.cat([self.pooled, other.pooled]))
+        pooled = torch.cat([self.pooled, other.pooled])
+        return Condition(torch.cat([self.embeds, other.embeds]), pooled, self.repeats)
 
     def __len__(self) -> int:
         return len(self.embeds)

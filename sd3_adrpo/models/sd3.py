@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from .. import flow
 from ..errors import UserError
 from ..types import Condition
+from .repeated_token import allow_repeats
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +42,7 @@ class SD3:
     def __init__(self, pipeline: StableDiffusion3Pipeline, name: str, max_sequence_length: int = 128) -> None:
         self.pipeline = pipeline
         self.transformer, self.vae = pipeline.transformer, pipeline.vae
+        allow_repeats(self.transformer)
         self.name = name
         self.device = self.transformer.device
         self.dtype = self.transformer.dtype  # read once: with float32 adapters the property depends on their order
@@ -106,7 +108,14 @@ class SD3:
                 )
                 embeds.append(embed.cpu())
                 pooled.append(pool.cpu())
-        return Condition(torch.cat(embeds), torch.cat(pooled))
+        return self._fold_zeros(Condition(torch.cat(embeds), torch.cat(pooled)))
+
+    def _fold_zeros(self, condition: Condition) -> Condition:
+        """Without a T5 that says something, its tokens are zeros: one then stands for all (repeated_token.py)."""
+        kept = condition.embeds.shape[1] - self.max_sequence_length
+        if self.max_sequence_length < 2 or condition.embeds[:, kept:].any():
+            return condition
+        return Condition(condition.embeds[:, : kept + 1].clone(), condition.pooled, self.max_sequence_length)
 
     def _warn_of_cut_prompts(self, prompts: Sequence[str]) -> None:
         """CLIP reads 77 tokens in SD3, less in small models; T5, where there is one, reads `max_sequence_length`."""
@@ -164,6 +173,7 @@ class SD3:
             timestep=1000 * sigma.to(device=noisy.device, dtype=torch.float32),
             encoder_hidden_states=condition.embeds,
             pooled_projections=condition.pooled,
+            joint_attention_kwargs={"repeats": condition.repeats} if condition.repeats > 1 else None,
             return_dict=False,
         )[0]
 

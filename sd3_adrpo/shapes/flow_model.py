@@ -127,7 +127,7 @@ def train(
     ids: Tensor,
     work_dir: Path,
     seed: int,
-    steps: int = 6000,
+    steps: int = 4200,
     batch: int = 128,
 ) -> None:
     """Flow matching with SD3's logit-normal sigmas (arXiv 2403.03206, section 3.1)."""
@@ -144,4 +144,4 @@ def train(
             velocity = model(torch.lerp(clean, noise, weight), sigma, torch.where(dropped, empty, ids[rows]))
         return F.mse_loss(velocity.float(), noise - clean)
 
-    fit("flow_model", model, loss, steps=steps, learning_rate=1.5e-3, work_dir=work_dir, seed=seed, ema_decay=0.999)
+    fit("flow_model", model, loss, steps=steps, learning_rate=2e-3, work_dir=work_dir, seed=seed, ema_decay=0.998, muon=True)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
+from transformers import T5Config, T5EncoderModel
 
 from ..prompts import PROMPTS_DIR, read_prompts
 from . import WEIGHTS_DIR, autoencoder, clip, flow_model, tokenizer
@@ -46,6 +47,24 @@ def flow_stage(work: Path, output: Path, seed: int) -> None:
     save_pipeline(model, vae, bpe, output / "pipeline")
 
 
+def silent_t5() -> T5EncoderModel:
+    """A T5 that says nothing: its last norm multiplies by zero, as when SD3 is used without T5.
+
+    diffusers cannot load an SD3 folder without one unless it is told so, and this world has no need of a third encoder.
+    """
+    config = T5Config(
+        vocab_size=tokenizer.VOCABULARY,
+        d_model=2 * flow_model.TEXT_WIDTH,
+        d_kv=8,
+        d_ff=8,
+        num_layers=1,
+        num_heads=1,
+    )
+    t5 = T5EncoderModel(config)
+    torch.nn.init.zeros_(t5.encoder.final_layer_norm.weight)
+    return t5.half()
+
+
 def save_pipeline(model: flow_model.FlowModel, vae: AutoencoderKL, bpe, folder: Path) -> None:
     """A StableDiffusion3Pipeline folder, fp16 on disk; configs say fp32, which is what everybody then computes in."""
     pipeline = StableDiffusion3Pipeline(
@@ -56,11 +75,11 @@ def save_pipeline(model: flow_model.FlowModel, vae: AutoencoderKL, bpe, folder: 
         tokenizer=bpe,
         text_encoder_2=model.text_encoder_2.half(),
         tokenizer_2=bpe,
-        text_encoder_3=None,
-        tokenizer_3=None,
+        text_encoder_3=silent_t5(),
+        tokenizer_3=bpe,
     )
     pipeline.save_pretrained(folder)
-    for part in ("text_encoder", "text_encoder_2"):  # transformers would load what its config names
+    for part in ("text_encoder", "text_encoder_2", "text_encoder_3"):  # transformers would load what its config names
         path = folder / part / "config.json"
         config = json.loads(path.read_text()) | {"dtype": "float32"}
         path.write_text(json.dumps(config, indent=2) + "\n")

@@ -25,9 +25,12 @@ def prompt_sets(seed: int = 0) -> dict[str, list[Scene]]:
     for _ in range(DRAWN):
         scene = random_scene(rng)
         unique.setdefault(scene.key, scene)
-    scenes = {name: [scene for scene in unique.values() if scene.split == name] for name in ("pretrain", "rl", "test")}
+    scenes: dict[str | None, list[Scene]] = {"pretrain": [], "rl": [], "test": [], None: []}
+    for scene in unique.values():
+        scenes[scene.split].append(scene)
     validation = balanced(scenes["rl"], VALIDATION)
-    rest = [scene for scene in scenes["rl"] if scene not in set(validation)]
+    taken = set(validation)
+    rest = [scene for scene in scenes["rl"] if scene not in taken]
     return {
         "shapes_pretrain": scenes["pretrain"][:PRETRAIN],  # in the world's own shares
         "shapes_rl": balanced(rest, RL),

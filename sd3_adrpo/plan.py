@@ -1,0 +1,242 @@
+"""What a run will do and need, found out before anything heavy loads. `--dry_run` prints it; every run checks it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import textwrap
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from . import prompts as prompt_files
+from . import shapes
+from .checkpoint import find_checkpoint
+from .config import Config
+from .errors import UserError
+from .model_files import ModelFiles, inspect_model
+from .prompts import Prompt, file_hash, held_out, read_prompts
+
+CALLS_PER_STEP = {"euler": 1, "heun": 2, "midpoint": 2}
+CLIP_TOKENS = 77  # of SD3's CLIP encoders; a small model has fewer
+KEPT_CHECKPOINTS = 3  # two that stay and the one being written
+POSITIVE = {
+    "": "epochs checkpointing_epochs validation_epochs",
+    "rollout": "prompts_per_epoch samples_per_prompt num_inference_steps batch_size height width max_sequence_length",
+    "train": "batch_size gradient_accumulation_steps sigmas_per_sample inner_epochs sigma_shift learning_rate max_grad_norm",
+    "lora": "rank alpha",
+    "eval": "samples_per_prompt num_inference_steps batch_size",
+}
+
+
+@dataclass
+class Plan:
+    train: list[Prompt]
+    test: list[Prompt]
+    description: dict[str, Any]  # of both prompt sets, see `resolve_prompts`
+    model: ModelFiles
+    lines: list[tuple[str, str]]  # what __str__ prints: heading and text
+
+    def __str__(self) -> str:
+        wrap = textwrap.TextWrapper(width=118, subsequent_indent=" " * 14, break_long_words=False)
+        return "\n".join(wrap.fill(f"{heading:12}  {text}") for heading, text in self.lines)
+
+
+def check(config: Config) -> Plan:
+    """Raises UserError or PromptFileError for what would stop the run later. Loads no weights, asks no network."""
+    _check_numbers(config)
+    train, test, description = resolve_prompts(config)
+    output = _output(config)
+    model = inspect_model(config.model)
+    lora = model.lora_parameters(config.lora.target_modules, config.lora.rank)
+    lines = [
+        ("prompts", _describe(description["train"])),
+        ("test prompts", _describe(description["test"])),
+        ("model", _describe_model(model)),
+        ("reward", _check_reward(config.reward)),
+        ("objective", str(config.objective)),
+        ("LoRA", f"rank {config.lora.rank}, alpha {config.lora.alpha:g}" + (f", {lora:,} weights" if lora else "")),
+        ("epoch", _work(config)),
+        ("memory", _memory(config, model, lora)),
+        ("disk", _disk(config, lora, output)),
+        ("output", str(output or "a new dated folder under runs/")),
+    ]
+    return Plan(train, test, description, model, lines)
+
+
+def resolve_prompts(config: Config) -> tuple[list[Prompt], list[Prompt], dict[str, Any]]:
+    """(train, test, description of both). A file that is not in the working folder is looked for in prompts/.
+
+    The held-out fifth is drawn by `eval.seed`, not by `seed`: runs of several seeds are measured on the same prompts.
+    """
+    builtin = config.model == "shapes" and config.prompts is None
+    if config.prompts is None and not builtin:
+        raise UserError(f"{config.model} needs --prompts FILE (prompts/README.md lists what comes with the program)")
+    path = _find("shapes_rl.csv" if builtin else config.prompts)
+    train = read_prompts(path)
+    if config.test_prompts or builtin:
+        test_path, source = _find(config.test_prompts or "shapes_test.csv"), "all"
+        test = read_prompts(test_path)
+    else:
+        (train, test), test_path = held_out(train, config.eval.seed), path
+        source = "a held-out fifth" if len(test) < len(train) else "all"  # under ten prompts are both
+    described = {
+        "train": {"file": str(path), "part": "the rest" if source == "a held-out fifth" else "all"},
+        "test": {"file": str(test_path), "part": source},
+    }
+    for part, prompts in (("train", train), ("test", test)):
+        categories = Counter(prompt.category for prompt in prompts if prompt.category)
+        described[part] |= {"sha256": file_hash(described[part]["file"]), "prompts": len(prompts)}
+        described[part]["categories"] = dict(categories)
+    described["test"]["also_trained_on"] = len({prompt.text for prompt in train} & {prompt.text for prompt in test})
+    return train, test, described
+
+
+def _find(name: str) -> Path:
+    path = Path(name).expanduser()
+    shipped = prompt_files.PROMPTS_DIR / name
+    return shipped if not path.exists() and shipped.is_file() else path
+
+
+def _check_numbers(config: Config) -> None:
+    for section, names in POSITIVE.items():
+        for name in names.split():
+            value = getattr(getattr(config, section) if section else config, name)
+            if not value > 0:
+                raise UserError(f"{section + '.' if section else ''}{name} is {value}; it must be positive")
+
+
+def _output(config: Config) -> Path | None:
+    """The run's folder, None for a new dated one. Refuses a non-empty one, unless resuming."""
+    if config.resume_from_checkpoint:
+        return find_checkpoint(config.resume_from_checkpoint, config.output_dir).parent.parent
+    folder = Path(config.output_dir).expanduser() if config.output_dir else None
+    if folder and folder.exists() and not folder.is_dir():
+        raise UserError(f"output_dir {folder} is a file: give a folder")
+    if folder and folder.is_dir() and any(folder.iterdir()):
+        raise UserError(
+            f"output_dir {folder} is not empty: give another, or go on with its run: --resume_from_checkpoint {folder}"
+        )
+    return folder
+
+
+def _check_reward(reward: Any) -> str:
+    """One line about it; raises UserError when its model is not there."""
+    if hasattr(reward, "check"):
+        return reward.check()
+    if reward.name != "clip":
+        return str(reward)
+    if reward.model == "shapes":
+        if not (shapes.CLIP_DIR / "open_clip_config.json").is_file():
+            raise UserError(
+                f"the built-in CLIP's weights are not in {shapes.CLIP_DIR}: get them with the repository, or make them "
+                "with `python -m sd3_adrpo.shapes.pretrain`; or give another reward.model"
+            )
+        return "100 x cosine, built-in CLIP"
+    import open_clip  # late: takes seconds
+
+    return f"100 x cosine, {reward._source(open_clip)[1]}"
+
+
+def _describe(part: dict[str, Any]) -> str:
+    text = f"{part['prompts']} prompts, {part['part']} of {part['file']} (sha256 {part['sha256'][:12]})"
+    if part["categories"]:
+        text += "; " + ", ".join(f"{name} {count}" for name, count in part["categories"].items())
+    if part.get("also_trained_on"):
+        text += f"; {part['also_trained_on']} of them are trained on too"
+    return text
+
+
+def _describe_model(model: ModelFiles) -> str:
+    if model.folder is None:
+        return f"{model.name}, from the hub: not in the local cache, it will be downloaded (its size is not known yet)"
+    parts = [f"{name} {_millions(count)}" for name, count in model.parameters.items()]
+    return f"{model.name} ({model.folder}), {_gb(model.stored_bytes)} on disk: {', '.join(parts)}"
+
+
+def _work(config: Config) -> str:
+    rollout, train = config.rollout, config.train
+    images = rollout.prompts_per_epoch * rollout.samples_per_prompt
+    per_update = train.batch_size * train.gradient_accumulation_steps
+    updates = train.inner_epochs * max(1, round(images / per_update))
+    guided = 2 if rollout.guidance_scale != 1 else 1
+    sampling = rollout.num_inference_steps * CALLS_PER_STEP[rollout.solver] * guided
+    draws = train.sigmas_per_sample * train.inner_epochs
+    return (
+        f"{images} images ({rollout.prompts_per_epoch} prompts x {rollout.samples_per_prompt}) of {rollout.width} x "
+        f"{rollout.height}, {updates} updates on one process; forward passes per image: {sampling} to sample, {draws} "
+        f"for the reference, {draws} with backward; {config.epochs} epochs"
+    )
+
+
+def _memory(config: Config, model: ModelFiles, lora: int) -> str:
+    """Weights once per part; 16 bytes per LoRA weight: value, gradient and Adam's two moments in float32."""
+    if not model.config:
+        return "not known before the model is here"
+    item = 4 if config.train.mixed_precision == "no" else 2
+    counts = {name: count or 0 for name, count in model.parameters.items()}
+    encoders = item * sum(count for name, count in counts.items() if name.startswith("text_encoder"))
+    rest = item * sum(counts.values()) - encoders
+    training = rest + 16 * lora + _activations(config, model.config, item)
+    need = max(rest + encoders, training)
+    name, total = _installed_memory()
+    return (
+        f"{_gb(rest + encoders)} while prompts are encoded, then {_gb(training)}: {_gb(rest)} frozen weights, "
+        f"{_gb(16 * lora)} LoRA with optimiser, {_gb(training - rest - 16 * lora)} activations (a rough "
+        f"figure), and the reward's model besides; {name} has {_gb(total)}"
+        + (
+            ": THIS MAY NOT FIT; lower train.batch_size, or set train.gradient_checkpointing"
+            if total and need > total
+            else ""
+        )
+    )
+
+
+def _activations(config: Config, transformer: dict, item: int) -> int:
+    """Bytes that a backward pass keeps: about 17 values per token, channel and layer (arXiv 2205.05198, without the
+    attention matrix), one with checkpointing."""
+    rollout, train = config.rollout, config.train
+    patch = 8 * transformer.get("patch_size", 2)
+    tokens = (rollout.height // patch) * (rollout.width // patch) + CLIP_TOKENS + rollout.max_sequence_length
+    width = transformer.get("num_attention_heads", 24) * transformer.get("attention_head_dim", 64)
+    layers = transformer.get("num_layers", 24)
+    kept = layers + 17 if train.gradient_checkpointing else 17 * layers
+    return train.batch_size * train.sigmas_per_sample * tokens * width * kept * item
+
+
+def _installed_memory() -> tuple[str, int]:
+    import torch
+
+    if torch.cuda.is_available():
+        properties = torch.cuda.get_device_properties(0)
+        return properties.name, properties.total_memory
+    if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
+        return "this computer", os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return "this computer", 0
+
+
+def _disk(config: Config, lora: int, output: Path | None) -> str:
+    """12 bytes per LoRA weight in a checkpoint (value and Adam's moments), with the epoch's images and latents."""
+    rollout = config.rollout
+    pixels = rollout.prompts_per_epoch * rollout.samples_per_prompt * rollout.height * rollout.width
+    checkpoint = 12 * lora + pixels * 3 + pixels // 64 * 16 * 4
+    need = KEPT_CHECKPOINTS * checkpoint + 4 * lora + 20 * 2**20  # and pictures and logs
+    folder = (output or Path("runs")).absolute()
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    if need > free:
+        raise UserError(
+            f"the run needs about {_gb(need)} in {folder}, where {_gb(free)} are free: make room, or give an "
+            "--output_dir on another disk"
+        )
+    return f"about {_gb(need)} needed, {_gb(free)} free"
+
+
+def _gb(number: float) -> str:
+    return f"{number / 1e9:.1f} GB" if number >= 1e9 else f"{number / 1e6:.1f} MB"
+
+
+def _millions(count: int | None) -> str:
+    return "(not in safetensors, size unknown)" if count is None else f"{count / 1e6:.1f}M"

@@ -1,0 +1,275 @@
+"""A run from its folder's point of view: set up, measure, train, measure again, export; log and save all the while.
+
+    config.yaml  prompts.json  metrics.jsonl  grids/  checkpoints/  lora/  before_after.png  summary.json
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from tqdm import tqdm
+
+from . import cli, figures
+from .canary import check_learning
+from .checkpoint import find_checkpoint, load_checkpoint, prune, save_checkpoint
+from .config import Config, EvalConfig
+from .errors import UserError
+from .evaluation import Evaluation, Measurement, compare, encode_prompts, measure
+from .export import model_card, save_lora, verify_lora
+from .models.sd3 import SD3
+from .plan import Plan
+from .policy import Policy
+from .trainer import Interrupted, Trainer
+
+DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+GRID_PROMPTS, GRID_IMAGES = 6, 4
+
+
+class Run:
+    """One training run. Raises UserError for what the user can mend; whatever was written stays."""
+
+    def __init__(self, config: Config, plan: Plan) -> None:
+        self.config, self.plan, self.started = config, plan, time.monotonic()
+        self.resumed = config.resume_from_checkpoint and find_checkpoint(
+            config.resume_from_checkpoint, config.output_dir
+        )
+        tracker = None if config.report_to == "none" else config.report_to
+        self.accelerator = Accelerator(log_with=tracker, project_dir=".")
+        self.main = self.accelerator.is_main_process
+        self.folder = self._make_folder()
+        self.accelerator.project_configuration.set_directories(str(self.folder))
+        torch.manual_seed(config.seed)  # the LoRA's initial weights; everything else is seeded by name
+
+    def _make_folder(self) -> Path:
+        if self.resumed:
+            return self.resumed.parent.parent
+        stamp = time.strftime("%Y-%m-%d_%H-%M-%S")
+        name = [self.config.output_dir or f"runs/{stamp}_{self.config.objective.name}_seed{self.config.seed}"]
+        broadcast_object_list(name)
+        folder = Path(name[0])
+        if self.main:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "config.yaml").write_text(cli.dump(self.config))
+            (folder / "prompts.json").write_text(json.dumps(self.plan.description, indent=2) + "\n")
+        return folder
+
+    def __call__(self) -> dict[str, Any]:
+        self._load()
+        if self.resumed:
+            self.trainer.load_state_dict(load_checkpoint(self.resumed))
+            self._say(f"resumed from {self.resumed}, epoch {self.trainer.epoch} of {self.config.epochs}")
+        else:
+            check_learning(self.policy, self.config.objective, self.trainer.condition, self.trainer.shape)
+        before = self._before()
+        self._start_trackers()
+        self.trainer.stop_on_signals()
+        try:
+            while self.trainer.epoch < self.config.epochs:
+                self._epoch()
+        except Interrupted:
+            self._save()
+            self._say(f"stopped and saved; go on with --resume_from_checkpoint {self.folder}")
+            raise SystemExit(130) from None
+        except BaseException:
+            if self.accelerator.num_processes == 1:  # else the last whole epoch's checkpoint is the one to resume
+                self._save()  # a reward that fails costs nothing that was done before it
+            raise
+        self.accelerator.end_training()
+        return self._finish(before)
+
+    def _load(self) -> None:
+        config, rollout = self.config, self.config.rollout
+        self._say(f"loading {config.model}")
+        dtype = DTYPES[config.train.mixed_precision]
+        self.model = SD3.load(config.model, dtype, self.accelerator.device, rollout.max_sequence_length)
+        try:
+            self.model.latent_shape(rollout.height, rollout.width)
+        except ValueError as error:
+            raise UserError(f"rollout: {error}") from error
+        self.scorer = config.reward.load(self.accelerator.device)
+        condition, negative = encode_prompts(self.model, self.plan.train, rollout.guidance_scale)
+        self.test = encode_prompts(self.model, self.plan.test, config.eval.guidance_scale)
+        again = self.model.encode([self.plan.train[-1].text])  # alone, not in the cache's batch
+        if not torch.allclose(again.embeds[0].float(), condition.embeds[-1].float(), atol=1e-2, rtol=1e-2):
+            raise UserError("the cached prompt embeddings differ from the text encoder's: nothing was trained")
+        self.model.drop_text_encoders()
+        self.policy = Policy(self.model, config.lora, config.train.gradient_checkpointing)
+        prompts = [prompt.text for prompt in self.plan.train]
+        self.trainer = Trainer(
+            config, self.accelerator, self.model, self.policy, self.scorer, prompts, condition, negative
+        )
+
+    # measuring
+
+    def _measure(self, policy: Policy | None, name: str) -> Measurement:
+        total = len(self.plan.test) * self.config.eval.samples_per_prompt
+        with tqdm(total=total, desc=name, unit="img", disable=not self.main, dynamic_ncols=True) as bar:
+            rollout = self.config.rollout
+            return measure(
+                policy,
+                self.model,
+                self.scorer,
+                self.plan.test,
+                self.config.eval,
+                rollout.height,
+                rollout.width,
+                condition=self.test[0],
+                negative=self.test[1],
+                shift=rollout.shift,
+                progress=lambda done, _: bar.update(done - bar.n),
+            )
+
+    def _before(self) -> Measurement:
+        """The base on the test prompts, measured once per run."""
+        path = self.folder / "before.pt"
+        if self.resumed and path.exists():
+            return Measurement(**torch.load(path, weights_only=True))
+        with self.policy.reference():
+            before = self._measure(None, "before")
+        if self.main:
+            torch.save(vars(before), path)
+        return before
+
+    # one epoch
+
+    def _epoch(self) -> None:
+        started, epoch = time.monotonic(), self.trainer.epoch
+        with tqdm(desc=f"epoch {epoch + 1}/{self.config.epochs}", disable=not self.main, dynamic_ncols=True) as bar:
+
+            def progress(phase: str, done: int, total: int) -> None:
+                if bar.total != total or done < bar.n:
+                    bar.reset(total)
+                bar.set_description(f"epoch {epoch + 1}/{self.config.epochs} {phase}", refresh=False)
+                bar.update(done - bar.n)
+
+            metrics, updates = self.trainer.run_epoch(progress)
+            metrics |= self._accuracy() | {"seconds": time.monotonic() - started}
+            metrics["images_per_second"] = self.trainer.samples / metrics["seconds"]
+            metrics |= {name: updates[-1][name] for name in ("w2", "velocity_norm_ratio") if updates}
+            shown = {k: f"{metrics[k]:.3f}" for k in ("reward", "accuracy", "w2", "images_per_second") if k in metrics}
+            bar.set_postfix(shown)
+        self._log(epoch, metrics, updates)
+        last = self.trainer.epoch == self.config.epochs
+        if self.trainer.epoch % self.config.validation_epochs == 0 and not last:
+            self._grid()
+        if self.trainer.epoch % self.config.checkpointing_epochs == 0 or last:
+            self._save()
+
+    def _accuracy(self) -> dict[str, float]:
+        """Of the epoch's own samples, where the prompts are of the built-in world."""
+        from .shapes.verifier import verify  # late: other models do not need the built-in world
+
+        images, texts = self.trainer.last_images
+        if images.shape[-1] != 64:
+            return {}
+        answers = [answer for answer in verify(images.float() / 255, texts) if answer is not None]
+        return {"accuracy": sum(answers) / len(answers)} if answers else {}
+
+    def _log(self, epoch: int, metrics: dict[str, float], updates: list[dict[str, float]]) -> None:
+        if not self.main:
+            return
+        step = epoch * self.config.train.inner_epochs * self.trainer.updates_per_pass
+        with open(self.folder / "metrics.jsonl", "a") as file:
+            for number, update in enumerate(updates):
+                file.write(json.dumps({"kind": "update", "epoch": epoch, "step": step + number, **update}) + "\n")
+                self.accelerator.log({f"train/{name}": value for name, value in update.items()}, step + number)
+            file.write(json.dumps({"kind": "epoch", "epoch": epoch, **metrics}) + "\n")
+        self.accelerator.log({f"epoch/{name}": value for name, value in metrics.items()}, step + len(updates))
+
+    def _grid(self) -> None:
+        """Fixed test prompts and noise, so that the grids of a run can be flipped through."""
+        chosen = torch.linspace(0, len(self.plan.test) - 1, min(GRID_PROMPTS, len(self.plan.test))).long()
+        prompts = [self.plan.test[i] for i in chosen]
+        fields = vars(self.config.eval) | {"samples_per_prompt": GRID_IMAGES}
+        rollout, negative = self.config.rollout, self.test[1].select(chosen) if self.test[1] is not None else None
+        shown = measure(
+            None,
+            self.model,
+            self.scorer,
+            prompts,
+            EvalConfig(**fields),
+            rollout.height,
+            rollout.width,
+            condition=self.test[0].select(chosen),
+            negative=negative,
+            shift=rollout.shift,
+        )
+        if self.main:
+            path = self.folder / "grids" / f"epoch-{self.trainer.epoch:04d}.png"
+            figures.grid(shown.images, GRID_IMAGES, path, [prompt.text for prompt in prompts])
+
+    # saving
+
+    def _save(self) -> None:
+        if self.main:
+            folder = self.folder / "checkpoints"
+            save_checkpoint(folder / f"epoch-{self.trainer.epoch:04d}", self.trainer.state_dict())
+            prune(folder, keep=2)
+
+    def _start_trackers(self) -> None:
+        if self.accelerator.log_with:
+            self.accelerator.init_trackers("tensorboard")
+
+    def _finish(self, before: Measurement) -> dict[str, Any]:
+        after = self._measure(self.policy, "after")
+        summary = {
+            "objective": self.config.objective.name,
+            "seed": self.config.seed,
+            "epochs": self.config.epochs,
+            "images": self.config.epochs * self.trainer.samples,
+            "seconds": round(time.monotonic() - self.started, 1),
+            "model": self.config.model,
+            "reward": f"{self.scorer.unit}, {self.scorer.encoder}",
+            "test_prompts": self.plan.description["test"],
+            **compare(before, after),
+        }
+        if not self.main:
+            return summary
+        lora = save_lora(self.model.transformer, self.folder / "lora")
+        difference = verify_lora(self.folder / "lora", self.model, self.policy.velocity)
+        summary["lora_difference"] = difference
+        (self.folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+        picture = Evaluation(before, after).save_picture(self.folder)
+        figures.curves(self.folder / "metrics.jsonl", self.folder / "curves.png")
+        card = model_card(
+            summary,
+            base_model=self.config.model,
+            reward=summary["reward"],
+            prompts=str(self.plan.description["train"]),
+            sampling=self._sampling(),
+        )
+        (self.folder / "lora" / "README.md").write_text(card)
+        self._report(summary, lora, difference, picture)
+        return summary
+
+    def _sampling(self) -> dict[str, Any]:
+        rollout, evaluation = self.config.rollout, self.config.eval
+        return {
+            "height": rollout.height,
+            "width": rollout.width,
+            "num_inference_steps": evaluation.num_inference_steps,
+            "guidance_scale": evaluation.guidance_scale,
+            "max_sequence_length": rollout.max_sequence_length,
+        }
+
+    def _report(self, summary: dict[str, Any], lora: Path, difference: float, picture: Path) -> None:
+        print(f"\n{'':16}{'before':>10}{'after':>10}{'difference':>14}")
+        for name, before in summary["before"].items():
+            if before is not None:
+                paired = summary["difference"][name]
+                error = f" ± {paired['stderr']:.4f}" if paired["stderr"] is not None else ""
+                print(f"{name:16}{before:10.4f}{summary['after'][name]:10.4f}{paired['mean']:+14.4f}{error}")
+        print(f"\nreward is {summary['reward']}; clip_diversity also falls when wrong images vanish")
+        print(f"LoRA: {lora}, reloaded into a stock pipeline: velocities equal to {difference:.1e}")
+        print(f"look at {picture}")
+        print(f"next: python eval/evaluate.py --model {self.config.model} --lora {lora.parent}")
+
+    def _say(self, text: str) -> None:
+        if self.main:
+            print(text, flush=True)

@@ -1,0 +1,32 @@
+"""Fine-tunes SD3 or SD3.5 with a reward: `python train_sd3.py` trains on the built-in world, --help lists the options."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+
+from sd3_adrpo import cli, plan
+from sd3_adrpo.errors import UserError
+from sd3_adrpo.prompts import PromptFileError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit code: 0 done, 1 an error the user can mend (one message, no traceback), 2 bad options."""
+    config = cli.parse(argv)
+    try:
+        planned = plan.check(config)
+        if os.environ.get("RANK", "0") == "0":  # accelerate's launcher numbers its processes
+            print(planned, flush=True)
+        if not config.dry_run:
+            from sd3_adrpo.run import Run  # late: loads diffusers, which a dry run does not need
+
+            Run(config, planned)()
+    except (UserError, PromptFileError) as error:
+        print(f"train_sd3.py: error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
