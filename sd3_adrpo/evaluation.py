@@ -41,7 +41,7 @@ class LoadedLora(Policy):
 
 @dataclass
 class Measurement:
-    """One set of weights on N prompts with K images each, B = N K. Only plain types: `Measurement(**vars(m))` is a copy.
+    """One set of weights on N prompts with K images each, B = N K; only plain types, so that it can be saved.
 
     Values of single images are (B,), those of prompts (N,); NaN where a value does not apply.
     """

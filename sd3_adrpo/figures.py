@@ -169,6 +169,8 @@ def _read_log(path: str | Path) -> list[tuple[float, dict[str, float]]]:
             record = json.loads(line)
         except json.JSONDecodeError:
             continue
+        if record.get("kind", "epoch") != "epoch":  # single updates are for whoever looks closer
+            continue
         values = {name.rsplit("/", 1)[-1]: value for name, value in record.items() if isinstance(value, int | float)}
         records.append((values.get("epoch", number), values))
     return records

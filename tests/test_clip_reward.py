@@ -10,10 +10,11 @@ import open_clip
 import pytest
 import torch
 from safetensors.torch import save_file
-from sd3_adrpo.errors import UserError
-from sd3_adrpo.rewards.clip import ClipReward, ClipScorer, RewardError, quantise
 from tiny import clip_tokenizer
 from torchvision.transforms.functional import to_pil_image
+
+from sd3_adrpo.errors import UserError
+from sd3_adrpo.rewards.clip import ClipReward, ClipScorer, RewardError, quantise
 
 SIZE, LENGTH = 32, 24
 TEXTS = ["a red cube", "two blue balls left of a café", "a cat " * 40]

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from sd3_adrpo import export
 from sd3_adrpo.export import ExportError, check_lora, model_card, save_lora, stock_pipeline, verify_lora
 from sd3_adrpo.models.sd3 import SD3
+from sd3_adrpo.types import Condition
 
 # a top-level layer, the second attention of SD3.5, a feed-forward and a modulation layer beside the usual ones
 TARGETS = ["attn.to_q", "attn.to_out.0", "attn.add_k_proj", "attn2.to_v", "ff.net.0.proj", "norm1.linear", "proj_out"]
@@ -55,6 +56,24 @@ def test_stock_pipeline_reproduces_velocities_and_unloads(trained, tiny_sd35, tm
     torch.testing.assert_close(loaded, policy, atol=1e-5, rtol=0)
     stock.unload_lora_weights()
     assert torch.equal(trained.velocity(noisy, sigma, condition, transformer=stock.transformer), base)
+
+
+@torch.no_grad()
+def test_velocities_at_real_prompts_without_t5(tiny_sd3, tmp_path):
+    """The trainer's own path, one token for all of T5's zeros, against stock diffusers that attends to each."""
+    model = SD3.load(str(tiny_sd3), max_sequence_length=tiny.SEQUENCE)
+    add_lora(model.transformer)
+    save_lora(model.transformer, tmp_path)
+    stock = StableDiffusion3Pipeline.from_pretrained(tiny_sd3, text_encoder_3=None, tokenizer_3=None)
+    stock.load_lora_weights(tmp_path)
+    noisy, sigma, _ = inputs(model)
+    condition = model.encode(tiny.PROMPTS)
+    assert condition.repeats == tiny.SEQUENCE
+    embeds, _, pooled, _ = stock.encode_prompt(
+        tiny.PROMPTS, None, None, do_classifier_free_guidance=False, max_sequence_length=tiny.SEQUENCE
+    )
+    loaded = model.velocity(noisy, sigma, Condition(embeds, pooled), transformer=stock.transformer)
+    torch.testing.assert_close(model.velocity(noisy, sigma, condition), loaded, atol=1e-5, rtol=0)
 
 
 def test_lora_changes_images_of_the_stock_pipeline(trained, tiny_sd35, tmp_path):

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+
 from sd3_adrpo import figures
 
 
@@ -71,6 +72,7 @@ def test_large_images_are_reduced(tmp_path):
 def test_log_is_averaged_per_epoch_and_survives_a_cut_line(tmp_path):
     log = tmp_path / "metrics.jsonl"
     lines = [{"epoch": 0, "reward": 1.0}, {"epoch": 0, "train/w2": 2.0}, {"epoch": 0, "train/w2": 4.0}]
+    lines += [{"kind": "update", "epoch": 0, "reward": 50.0}]
     log.write_text("\n".join(json.dumps(line) for line in lines) + '\n{"epoch": 1, "rew')
     records = figures._read_log(log)
     assert figures._per_epoch(records, "w2") == [(0, 3.0)]

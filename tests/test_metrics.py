@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+
 from sd3_adrpo.flow import seeded_noise
 from sd3_adrpo.metrics import clip_diversity, mean_and_stderr, paired_difference, w2_drift
 from sd3_adrpo.seeds import seed_for

@@ -16,6 +16,8 @@ from transformers import (
     T5TokenizerFast,
 )
 
+from sd3_adrpo.types import Condition
+
 CLIP_LENGTH = 16  # tokens that the text encoders see, both ends included
 SEQUENCE = 8  # max_sequence_length for the T5 encoder
 SIZE = 64  # pixels; the position table goes to 96
@@ -23,6 +25,12 @@ PROMPTS = ["a red cube", "two blue balls on a table", "a cat"]
 LONG = "a very long prompt that no text encoder of this size can read to its end"
 WIDTHS = (16, 24)  # of the two CLIP encoders; different, so that a swap shows
 JOINT = 48  # text width of the transformer: more than 16 + 24, so that the pipeline pads as it does for SD3
+
+
+def unfolded(condition: Condition) -> Condition:
+    """With every token that the last one stands for written out, as stock diffusers has them."""
+    last = condition.embeds[:, -1:].expand(-1, condition.repeats - 1, -1)
+    return Condition(torch.cat([condition.embeds, last], dim=1), condition.pooled)
 
 
 def clip_tokenizer() -> CLIPTokenizer:

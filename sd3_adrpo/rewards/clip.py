@@ -161,7 +161,7 @@ class ClipScorer:
 
 
 def _resize(images: Tensor, step: Any) -> Tensor:
-    """torchvision's Resize on uint8 images, along the width and then the height, as PIL does: both passes end in 8 bits.
+    """torchvision's Resize on uint8 images, the width first and then the height, as PIL does: both end in 8 bits.
 
     At once, a bicubic overshoot next to a hard edge is clipped once instead of twice, which differs by up to 14/255.
     """

@@ -1,6 +1,6 @@
 """Rebuilds the built-in world's weights from a seed:
 
-    python -m sd3_adrpo.shapes.pretrain [--stage autoencoder|clip|flow|all] [--seed 0] [--output_dir DIR] [--threads 2]
+    python -m sd3_adrpo.shapes.pretrain [--stage autoencoder|decoder|clip|flow|all] [--seed 0] [--output_dir DIR] [--threads 2]
 
 Interrupted stages continue from `--work_dir` when started again. `clip` needs no other stage and can run beside them.
 """
@@ -30,6 +30,13 @@ def autoencoder_stage(work: Path, output: Path, seed: int) -> None:
     vae.save_pretrained(work / "vae")
 
 
+def decoder_stage(work: Path, output: Path, seed: int) -> None:
+    """Leaves the latent space as it is, so the transformer may be trained before, after or meanwhile."""
+    vae = AutoencoderKL.from_pretrained(work / "vae").to(memory_format=torch.channels_last)
+    autoencoder.refine_decoder(vae, work, seed + 1)
+    vae.save_pretrained(work / "vae")
+
+
 def clip_stage(work: Path, output: Path, seed: int) -> None:
     bpe = tokenizer.train()
     model = clip.build()
@@ -44,6 +51,7 @@ def flow_stage(work: Path, output: Path, seed: int) -> None:
     latents, ids = flow_model.encode_dataset(vae, bpe, scenes, work / "latents.pt", seed + 3, IMAGES)
     model = flow_model.FlowModel(bpe)
     flow_model.train(model, bpe, latents, ids, work, seed + 4)
+    vae = AutoencoderKL.from_pretrained(work / "vae")  # again: its decoder may have been refined meanwhile
     save_pipeline(model, vae, bpe, output / "pipeline")
 
 
@@ -85,7 +93,7 @@ def save_pipeline(model: flow_model.FlowModel, vae: AutoencoderKL, bpe, folder: 
         path.write_text(json.dumps(config, indent=2) + "\n")
 
 
-STAGES = {"autoencoder": autoencoder_stage, "clip": clip_stage, "flow": flow_stage}
+STAGES = {"autoencoder": autoencoder_stage, "decoder": decoder_stage, "clip": clip_stage, "flow": flow_stage}
 
 
 def main() -> None:

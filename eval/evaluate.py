@@ -1,0 +1,178 @@
+"""Base and LoRA on the same prompts and noise: `python eval/evaluate.py --lora runs/.../lora`; --help lists options.
+
+Writes evaluation.json and before_after.png (grid.png without a LoRA). Options not given are those of the run that the
+LoRA lies in, if it does, else of the model's preset.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from sd3_adrpo import cli, plan
+from sd3_adrpo.config import Config
+from sd3_adrpo.errors import UserError
+from sd3_adrpo.prompts import Prompt, PromptFileError, file_hash, read_prompts
+
+OPTIONS = {  # ours -> the option of a training run that it sets
+    "model": ("model", '"shapes" (built in), a hub id or a local folder'),
+    "config": ("config", "YAML file of a run, or a preset's name"),
+    "samples_per_prompt": ("eval.samples_per_prompt", "images of each prompt"),
+    "num_inference_steps": ("eval.num_inference_steps", "steps of the ODE solver"),
+    "guidance_scale": ("eval.guidance_scale", "1 is none"),
+    "batch_size": ("eval.batch_size", "images at a time; does not change them"),
+    "seed": ("eval.seed", "of the noise"),
+    "height": ("rollout.height", "pixels"),
+    "width": ("rollout.width", "pixels"),
+    "max_sequence_length": ("rollout.max_sequence_length", "T5 tokens; as in training"),
+    "mixed_precision": ("train.mixed_precision", "no, fp16 or bf16"),
+    "reward.model": ("reward.model", '"shapes", a folder in open_clip\'s format, or an open_clip name'),
+    "reward.pretrained": ("reward.pretrained", "with a name: its tag, or a weight file"),
+}
+RESULT = "evaluation.json"
+
+
+def parse(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, Config]:
+    """Exits with 2 on anything unknown or ill-typed."""
+    parser = argparse.ArgumentParser(prog="evaluate.py", description=__doc__, allow_abbrev=False)
+    parser.add_argument("--lora", type=Path, help="folder or file as a run exports it; none: the base alone")
+    parser.add_argument(
+        "--prompts", help="prompt file, all of which is used; none: the test prompts of the run or model"
+    )
+    parser.add_argument("--output_dir", type=Path, help="none: a new dated folder under runs/")
+    for name, (_, text) in OPTIONS.items():
+        parser.add_argument(f"--{name}", help=text)
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:
+        names = [*OPTIONS, "lora", "prompts", "output_dir"]
+        parser.error(f"unknown option {unknown[0]}{cli.nearest(unknown[0].lstrip('-'), names, '--')}")
+    given = {target: getattr(args, name) for name, (target, _) in OPTIONS.items() if getattr(args, name) is not None}
+    if args.lora and "config" not in given:
+        folder = args.lora if args.lora.is_dir() else args.lora.parent
+        run = folder.resolve().parent / "config.yaml"
+        if run.is_file():
+            given["config"] = str(run)
+    return args, cli.parse([f"--{name}={value}" for name, value in given.items()])
+
+
+def choose_prompts(config: Config, file: str | None) -> tuple[list[Prompt], dict[str, Any]]:
+    """The prompts, and where they are from."""
+    if file is None:
+        _, test, description = plan.resolve_prompts(config)
+        return test, description["test"]
+    path = plan._find(file)
+    prompts = read_prompts(path)
+    return prompts, {"file": str(path), "part": "all", "sha256": file_hash(path), "prompts": len(prompts)}
+
+
+def output_folder(folder: Path | None) -> Path:
+    folder = folder or Path("runs") / time.strftime("%Y-%m-%d_%H-%M-%S_evaluation")
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"output_dir {folder} is a file: give a folder")
+    if (folder / RESULT).exists():
+        raise UserError(f"output_dir {folder} holds an {RESULT} already: give another folder, or move that file away")
+    return folder
+
+
+def run(args: argparse.Namespace, config: Config) -> Path:
+    """The whole evaluation; returns the path of its result."""
+    for name in ("samples_per_prompt", "num_inference_steps", "batch_size"):
+        if getattr(config.eval, name) < 1:
+            raise UserError(f"{name} is {getattr(config.eval, name)}; it must be at least 1")
+    prompts, description = choose_prompts(config, args.prompts)
+    folder, started = output_folder(args.output_dir), time.monotonic()
+    print(
+        f"{len(prompts)} prompts of {description['file']} ({description['part']}), loading {config.model}", flush=True
+    )
+    # what follows loads for seconds: what can be wrong before it has been checked
+    import torch
+    from tqdm import tqdm
+
+    from sd3_adrpo import evaluation
+    from sd3_adrpo.export import check_lora
+    from sd3_adrpo.models.sd3 import SD3
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[config.train.mixed_precision]
+    rollout, policy = config.rollout, None
+    model = SD3.load(config.model, dtype, device, rollout.max_sequence_length)
+    try:
+        model.latent_shape(rollout.height, rollout.width)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    path = check_lora(args.lora, model.transformer) if args.lora else None
+    scorer = config.reward.load(device)
+    condition, negative = evaluation.encode_prompts(model, prompts, config.eval.guidance_scale)
+    if path:
+        model.pipeline.load_lora_weights(str(path.parent), weight_name=path.name)
+        policy = evaluation.LoadedLora(model)
+    model.drop_text_encoders()
+
+    def progress(phase: str) -> evaluation.Progress:
+        bar = tqdm(desc=phase, unit="img", total=len(prompts) * config.eval.samples_per_prompt, dynamic_ncols=True)
+        return lambda done, total: (bar.update(done - bar.n), bar.close() if done == total else None)
+
+    fixed = {"condition": condition, "negative": negative, "shift": rollout.shift, "progress": progress}
+    measured = evaluation.evaluate(policy, model, scorer, prompts, config.eval, rollout.height, rollout.width, **fixed)
+    summary = {
+        "model": config.model,
+        "lora": str(path) if path else None,
+        "reward": f"{scorer.unit}, {scorer.encoder}",
+        "prompts": description,
+        "settings": {**vars(config.eval), "height": rollout.height, "width": rollout.width},
+        "seconds": round(time.monotonic() - started, 1),
+        **measured.summary(),
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    picture = measured.save_picture(folder)
+    (folder / RESULT).write_text(json.dumps(summary, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    print_tables(summary)
+    print(f"\nlook at {picture}; the numbers are in {folder / RESULT}")
+    return folder / RESULT
+
+
+def print_tables(summary: dict[str, Any]) -> None:
+    """All metrics over all prompts, then reward and accuracy of every category; ± is a standard error."""
+    overall, *categories = summary["categories"].items()
+    columns = ["before"] if summary["after"] is None else ["before", "after", "difference"]
+    print(f"\n{'':24}" + "".join(f"{column:>22}" for column in columns))
+    for name in summary["before"]:
+        cells = [_cell(overall[1][name][column]) for column in columns]
+        if name == "free_diversity":  # over all prompts it is weighted, see evaluation.Measurement
+            cells = [_cell({"mean": summary[column][name], "stderr": None}) for column in columns[:2]]
+            cells += [_cell(summary["difference"][name])] if len(columns) > 1 else []
+        print(f"{name:24}" + "".join(f"{cell:>22}" for cell in cells))
+    for metric in ("reward", "accuracy") if categories else ():
+        if summary["before"][metric] is not None:
+            print(f"\n{metric + ' by category':24}" + "".join(f"{column:>22}" for column in columns))
+            for name, row in categories:
+                label = f"{name[:17]} ({row['prompts']})"
+                print(f"{label:24}" + "".join(f"{_cell(row[metric][column]):>22}" for column in columns))
+    print(f"\nreward is {summary['reward']}; accuracy and diversity are shares; ± is a standard error, by prompt")
+    print("clip_diversity also falls when wrong images vanish; free_diversity looks at right images only")
+
+
+def _cell(value: dict[str, float | None]) -> str:
+    if value["mean"] is None:
+        return "-"
+    return f"{value['mean']:.4f}" + (f" ± {value['stderr']:.4f}" if value["stderr"] is not None else "")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit code: 0 done, 1 an error the user can mend (one message, no traceback), 2 bad options."""
+    args, config = parse(argv)
+    try:
+        run(args, config)
+    except (UserError, PromptFileError) as error:
+        print(f"evaluate.py: error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
