@@ -1,4 +1,4 @@
-"""Fine-tunes SD3 or SD3.5 with a reward: `python train_sd3.py` trains on the built-in world, --help lists the options."""
+"""Fine-tunes SD3 or SD3.5 with a reward. Alone it trains on the built-in world; --help lists the options."""
 
 from __future__ import annotations
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import sys
 import time
 from collections.abc import Sequence
@@ -109,6 +110,7 @@ def run(args: argparse.Namespace, config: Config) -> Path:
     scorer = config.reward.load(device)
     condition, negative = evaluation.encode_prompts(model, prompts, config.eval.guidance_scale)
     if path:
+        logging.getLogger("diffusers.loaders.lora_base").setLevel("ERROR")  # it warns of text encoders without a LoRA
         model.pipeline.load_lora_weights(str(path.parent), weight_name=path.name)
         policy = evaluation.LoadedLora(model)
     model.drop_text_encoders()

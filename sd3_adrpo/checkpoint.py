@@ -46,13 +46,17 @@ def find_checkpoint(path: str, output_dir: str | None) -> Path:
         candidates = [runs] if runs else sorted(Path("runs").glob("*/"), key=lambda run: run.stat().st_mtime)
         candidates = [run for run in candidates if any(run.glob(f"checkpoints/*/{STATE}"))]
         if not candidates:
-            raise UserError(f"nothing to resume: no run with checkpoints in {runs or 'runs/'}. Start without --resume_from_checkpoint")
+            raise UserError(
+                f"nothing to resume: no run with checkpoints in {runs or 'runs/'}. Start without --resume_from_checkpoint"
+            )
         root = candidates[-1]
     if (root / STATE).is_file():
         return root
     found = sorted(root.glob(f"checkpoints/*/{STATE}")) or sorted(root.glob(f"*/{STATE}"))
     if not found:
-        raise UserError(f"resume_from_checkpoint is {path!r}: no checkpoint there. Give a run folder, a checkpoint or 'latest'")
+        raise UserError(
+            f"resume_from_checkpoint is {path!r}: no checkpoint there. Give a run folder, a checkpoint or 'latest'"
+        )
     return found[-1].parent
 
 

@@ -1,4 +1,4 @@
-"""The command line and YAML files to a `Config`; anything misspelt or ill-typed stops here, before anything heavy loads.
+"""The command line and YAML files to a `Config`; what is misspelt or ill-typed stops here, before anything heavy loads.
 
 Later wins: defaults of config.py < preset of the model < each --config in turn < the command line. `--objective NAME`
 stands for `--objective.name NAME` and picks the dataclass in objectives/NAME.py; `--reward` likewise.
@@ -42,7 +42,7 @@ class WideHelp(jsonargparse.DefaultHelpFormatter):
 
 
 def parse(argv: Sequence[str] | None = None) -> Config:
-    """The resolved Config. Prints to stderr and exits with 2 on anything it does not know; exits with 0 after --help."""
+    """The resolved Config. Prints to stderr and exits with 2 on what it does not know; exits with 0 after --help."""
     shorts = "|".join(KINDS)
     argv = [re.sub(rf"^--({shorts})(=|$)", r"--\1.name\2", word) for word in (sys.argv[1:] if argv is None else argv)]
     layers = _layers(argv)
@@ -208,7 +208,7 @@ def _refuse_unknown(argv: list[str], types: dict[str, Any]) -> None:
 def _validate(
     action: Callable[[], jsonargparse.Namespace], types: dict[str, Any], where: str
 ) -> jsonargparse.Namespace:
-    """The action's result; jsonargparse's complaint becomes one line, with the nearest of an option's allowed values."""
+    """The action's result; jsonargparse's complaint becomes one line, with the nearest of the allowed values."""
     try:
         return action()
     except jsonargparse.ArgumentError as error:

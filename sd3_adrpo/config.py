@@ -37,7 +37,9 @@ class TrainConfig:
     gradient_accumulation_steps: int = 4
     sigmas_per_sample: int = 3  # noise draws per sample and inner epoch, folded into the batch; not in the paper
     inner_epochs: int = 1  # passes over the epoch's samples, each with fresh noise; not in the paper
-    sigma_shift: float = 3.0  # training sigmas: stratified uniform in (0, 1), then shifted as SD3's grid; not in the paper
+    sigma_shift: float = (
+        3.0  # training sigmas: stratified uniform in (0, 1), then shifted as SD3's grid; not in the paper
+    )
     learning_rate: float = 3e-4
     adam_beta1: float = 0.9
     adam_beta2: float = 0.999
@@ -57,10 +59,7 @@ class LoraConfig:
     # names of linear layers, matched by ending; the default leaves out the 13 `attn2` blocks of SD3.5-medium
     target_modules: list[str] = field(
         default_factory=lambda: [
-            f"attn.{name}"
-            for name in (
-                "to_q to_k to_v to_out.0 add_q_proj add_k_proj add_v_proj to_add_out".split()
-            )
+            f"attn.{name}" for name in ("to_q to_k to_v to_out.0 add_q_proj add_k_proj add_v_proj to_add_out".split())
         ]
     )
 

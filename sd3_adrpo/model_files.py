@@ -96,8 +96,8 @@ def _cached(model: str) -> Path | None:
         return Path(index).parent
     if constants.HF_HUB_OFFLINE:
         raise UserError(
-            f"{model} is neither a folder here nor in the local cache, and HF_HUB_OFFLINE forbids to download it: unset "
-            f"that, or run `hf download {model} --local-dir FOLDER` elsewhere and give that folder as the model"
+            f"{model} is neither a folder here nor in the local cache, and HF_HUB_OFFLINE forbids to download it: "
+            f"unset that, or run `hf download {model} --local-dir FOLDER` elsewhere and give that folder as the model"
         )
     return None
 

@@ -74,5 +74,7 @@ class Policy:
             )
         for name, parameter in named.items():
             if parameter.shape != state[name].shape:
-                raise UserError(f"{name} is {tuple(state[name].shape)} in the checkpoint, {tuple(parameter.shape)} here")
+                raise UserError(
+                    f"{name} is {tuple(state[name].shape)} in the checkpoint, {tuple(parameter.shape)} here"
+                )
             parameter.copy_(state[name])

@@ -1,11 +1,12 @@
 """A run from its folder's point of view: set up, measure, train, measure again, export; log and save all the while.
 
-    config.yaml  prompts.json  metrics.jsonl  grids/  checkpoints/  lora/  before_after.png  summary.json
+config.yaml  prompts.json  metrics.jsonl  grids/  checkpoints/  lora/  before_after.png  summary.json
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import time
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,9 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
+from diffusers.utils import logging as diffusers_logging
 from tqdm import tqdm
+from transformers.utils import logging as transformers_logging
 
 from . import cli, figures
 from .canary import check_learning
@@ -27,6 +30,9 @@ from .plan import Plan
 from .policy import Policy
 from .trainer import Interrupted, Trainer
 
+logging.getLogger("diffusers.loaders.lora_base").setLevel(logging.ERROR)  # a LoRA has no text encoder part: no news
+diffusers_logging.disable_progress_bar()
+transformers_logging.disable_progress_bar()
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 GRID_PROMPTS, GRID_IMAGES = 6, 4
 
@@ -231,10 +237,12 @@ class Run:
         }
         if not self.main:
             return summary
+        result = self.folder / "summary.json"
+        result.write_text(json.dumps(summary, indent=2) + "\n")  # first: nothing below may cost the measurement
         lora = save_lora(self.model.transformer, self.folder / "lora")
         difference = verify_lora(self.folder / "lora", self.model, self.policy.velocity)
         summary["lora_difference"] = difference
-        (self.folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+        result.write_text(json.dumps(summary, indent=2) + "\n")
         picture = Evaluation(before, after).save_picture(self.folder)
         figures.curves(self.folder / "metrics.jsonl", self.folder / "curves.png")
         card = model_card(
@@ -243,6 +251,7 @@ class Run:
             reward=summary["reward"],
             prompts=str(self.plan.description["train"]),
             sampling=self._sampling(),
+            t5=self.model.has_t5,
         )
         (self.folder / "lora" / "README.md").write_text(card)
         self._report(summary, lora, difference, picture)

@@ -133,7 +133,9 @@ class Trainer:
             rewards = self.scorer(images, texts)
             parts.append(Rollout(prompt[rows], clean, rewards, (images * 255).round().to(torch.uint8).cpu()))
             progress("sampling", start + len(texts), len(prompt))
-        self.rollout = Rollout(*(torch.cat([getattr(p, f) for p in parts]) for f in ("prompt", "clean", "rewards", "images")))
+        self.rollout = Rollout(
+            *(torch.cat([getattr(p, f) for p in parts]) for f in ("prompt", "clean", "rewards", "images"))
+        )
         rewards, prompts = (self._gather(x) for x in (self.rollout.rewards, prompt))
         advantage = self.advantages(rewards, prompts)
         self.spread = advantage.std(correction=0).item()
@@ -176,7 +178,9 @@ class Trainer:
             metrics["grad_norm"] = self._step()
             logs.append(metrics)
             self.update = update + 1
-            progress("training", self.inner * self.updates_per_pass + update + 1, train.inner_epochs * self.updates_per_pass)
+            progress(
+                "training", self.inner * self.updates_per_pass + update + 1, train.inner_epochs * self.updates_per_pass
+            )
         return logs
 
     def _draw_noise(self) -> tuple[Tensor, Tensor]:
@@ -195,7 +199,9 @@ class Trainer:
         parts = []
         with self.policy.reference():
             for rows in torch.arange(len(clean)).split(max(1, self.config.rollout.batch_size // draws)):
-                noisy = add_noise(clean[rows].repeat_interleave(draws, 0), noise[rows].flatten(0, 1), sigma[rows].flatten())
+                noisy = add_noise(
+                    clean[rows].repeat_interleave(draws, 0), noise[rows].flatten(0, 1), sigma[rows].flatten()
+                )
                 condition = self.condition.select(prompt[rows].repeat_interleave(draws)).to(device)
                 v = self.policy.velocity(noisy.to(device), sigma[rows].flatten().to(device), condition)
                 parts.append(v.to(self.model.dtype).unflatten(0, (-1, draws)).cpu())
@@ -268,4 +274,3 @@ class Trainer:
             saved = state["rollout"]
             self.rollout = Rollout(saved["prompt"], saved["clean"], saved["rewards"], saved["images"])
             self.advantage, self.spread, self.clip_rate = saved["advantage"], saved["spread"], saved["clip_rate"]
-

@@ -70,7 +70,9 @@ def test_every_prompt_is_read_back(scenes):
 def test_sentences_as_written_in_english():
     heart = Group("heart", "orange", style="outlined", size="large")
     assert Scene((heart,)).prompt == "a large outlined orange heart"
-    assert Scene((Group("cross", "orange"), Group("circle", "red", 3))).prompt == "an orange cross and three red circles"
+    assert (
+        Scene((Group("cross", "orange"), Group("circle", "red", 3))).prompt == "an orange cross and three red circles"
+    )
     assert Scene((Group("square", "green", style="striped"), Group("diamond", "pink")), "left of").prompt == (
         "a striped green square left of a pink diamond"
     )

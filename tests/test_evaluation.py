@@ -38,7 +38,7 @@ class Scorer:
 
 @pytest.fixture
 def model(tiny_sd3) -> SD3:
-    return SD3.load(str(tiny_sd3))
+    return SD3.load(str(tiny_sd3), max_sequence_length=8)
 
 
 def _policy(model: SD3, strength: float) -> Policy:

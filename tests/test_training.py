@@ -93,7 +93,9 @@ def test_batch_sizes_do_not_change_the_images(tmp_path, few_prompts):
     one = Run(config, plan.check(config))
     one._load()
     one.trainer._sample(lambda *_: None)
-    config = cli.parse([*SMALL, "--prompts", few_prompts, "--output_dir", str(tmp_path / "b"), "--rollout.batch_size", "3"])
+    config = cli.parse(
+        [*SMALL, "--prompts", few_prompts, "--output_dir", str(tmp_path / "b"), "--rollout.batch_size", "3"]
+    )
     other = Run(config, plan.check(config))
     other._load()
     other.trainer._sample(lambda *_: None)
@@ -149,7 +151,9 @@ def test_truncated_checkpoint(tmp_path, few_prompts):
 def test_sigterm_saves(tmp_path, few_prompts):
     folder = tmp_path / "run"
     command = [sys.executable, "train_sd3.py", *SMALL, "--prompts", few_prompts, "--output_dir", str(folder)]
-    process = subprocess.Popen([*command, "--epochs", "500"], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    process = subprocess.Popen(
+        [*command, "--epochs", "500"], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
     while process.poll() is None and not (folder / "checkpoints" / "epoch-0001").exists():
         pass
     os.kill(process.pid, signal.SIGTERM)

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import CLIPTokenizer
 
 from .drawing import SIZE, Layout, draw, lay_out
@@ -24,7 +25,14 @@ WRONG = 1  # captions with one wrong word, contrasted with each right one
 CONFIG = {
     "embed_dim": 128,
     "vision_cfg": {"image_size": SIZE, "patch_size": PATCH, "width": 128, "layers": 4, "head_width": 32},
-    "text_cfg": {"context_length": LENGTH, "hf_tokenizer_name": "tokenizer", "vocab_size": VOCABULARY, "width": 128, "heads": 4, "layers": 2},
+    "text_cfg": {
+        "context_length": LENGTH,
+        "hf_tokenizer_name": "tokenizer",
+        "vocab_size": VOCABULARY,
+        "width": 128,
+        "heads": 4,
+        "layers": 2,
+    },
 }
 
 
@@ -65,9 +73,7 @@ def patch_labels(layout: Layout) -> list[Tensor]:
     distance = distance.masked_fill(~layout.present[:, None], 1e3)  # (B, 64, 4)
     nearest, which = distance.min(dim=-1)
     inside = nearest < 2.0
-    return [
-        torch.where(inside, names.gather(1, which) + 1, 0) for names in (layout.shape, layout.colour, layout.style)
-    ]
+    return [torch.where(inside, names.gather(1, which) + 1, 0) for names in (layout.shape, layout.colour, layout.style)]
 
 
 def augment(images: Tensor, generator: torch.Generator) -> Tensor:
@@ -88,7 +94,7 @@ def train(clip: CLIP, tokenizer: CLIPTokenizer, work_dir: Path, seed: int, steps
         images = augment(draw(layout, generator), generator)
         wrong = [one_word_wrong(scene, rng).prompt for scene in scenes for _ in range(WRONG)]
         texts = tokenizer([scene.prompt for scene in scenes] + wrong, padding="max_length", return_tensors="pt")
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):  # faster at so few tokens on a CPU
             return trainer(images * 2 - 1, texts.input_ids, patch_labels(layout))
 
     fit("clip", trainer, loss, steps=steps, learning_rate=1.5e-3, work_dir=work_dir, seed=seed)

@@ -159,7 +159,9 @@ def draw(layout: Layout, generator: torch.Generator | None = None) -> Tensor:
         distance = torch.empty(len(rows), SIZE, SIZE)
         for shape in range(len(SHAPES)):
             at = layout.shape[rows, j] == shape
-            distance[at] = radius[at] * signed_distance(shape, *torch.broadcast_tensors(x[at] / radius[at], y[at] / radius[at]))
+            distance[at] = radius[at] * signed_distance(
+                shape, *torch.broadcast_tensors(x[at] / radius[at], y[at] / radius[at])
+            )
         style = layout.style[rows, j, None, None]
         outline = torch.maximum(distance, -distance - OUTLINE)
         cover = (0.5 - torch.where(style == 1, outline, distance)).clamp(0, 1)[:, None]
