@@ -47,7 +47,7 @@ def find_checkpoint(path: str, output_dir: str | None) -> Path:
         candidates = [run for run in candidates if any(run.glob(f"checkpoints/*/{STATE}"))]
         if not candidates:
             raise UserError(
-                f"nothing to resume: no run with checkpoints in {runs or 'runs/'}. Start without --resume_from_checkpoint"
+                f"nothing to resume: no run with checkpoints in {runs or 'runs/'}. Start without that option"
             )
         root = candidates[-1]
     if (root / STATE).is_file():

@@ -37,9 +37,7 @@ class TrainConfig:
     gradient_accumulation_steps: int = 4
     sigmas_per_sample: int = 3  # noise draws per sample and inner epoch, folded into the batch; not in the paper
     inner_epochs: int = 1  # passes over the epoch's samples, each with fresh noise; not in the paper
-    sigma_shift: float = (
-        3.0  # training sigmas: stratified uniform in (0, 1), then shifted as SD3's grid; not in the paper
-    )
+    sigma_shift: float = 3.0  # training sigmas: stratified uniform, then shifted as SD3's grid; not in the paper
     learning_rate: float = 3e-4
     adam_beta1: float = 0.9
     adam_beta2: float = 0.999

@@ -60,7 +60,7 @@ def dynamic_shift(image_tokens: int, scheduler_config: Mapping[str, Any]) -> flo
 
 
 def stratified_sigmas(samples: int, draws: int, shift: float, generator: torch.Generator) -> Tensor:
-    """Training sigmas (samples, draws) in (0, 1): each sample gets one from each of `draws` equal strata, then the shift.
+    """Training sigmas (samples, draws) in (0, 1): for each sample one from each of `draws` equal strata, then shifted.
 
     Stratification leaves the mean of any function of sigma as it is and lowers its variance.
     """

@@ -50,7 +50,7 @@ class Policy:
 
     @contextmanager
     def reference(self) -> Iterator[None]:
-        """Adapters off. `disable_adapters` would also toggle `requires_grad`, after which a backward is silently zero."""
+        """Adapters off. diffusers' `disable_adapters` would also toggle `requires_grad`: no gradients, in silence."""
         before = [layer._disable_adapters for layer in self._layers]
         for layer in self._layers:
             layer._disable_adapters = True
@@ -69,7 +69,7 @@ class Policy:
         if named.keys() != state.keys():
             different = sorted(named.keys() ^ state.keys())
             raise UserError(
-                f"the checkpoint's LoRA has other layers than this run's ({len(different)} differ, e.g. {different[0]}): "
+                f"the checkpoint's LoRA has other layers ({len(different)} differ, e.g. {different[0]}): "
                 "resume with the run's own lora options"
             )
         for name, parameter in named.items():

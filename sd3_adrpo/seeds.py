@@ -1,7 +1,7 @@
 """Randomness by name: every draw of a run has a seed computed from what it is for.
 
-No generator carries state from one draw to the next, so a resumed run, another batch size or another number of processes
-draws the same numbers.
+No generator carries state from one draw to the next, so a resumed run, another batch size or another number of
+processes draws the same numbers.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def generator_for(*names: int | str) -> torch.Generator:
 
 
 def epoch_prompts(total: int, per_epoch: int, epoch: int, seed: int) -> list[int]:
-    """Indices of an epoch's prompts: one shuffled pass over all after the other, so that each comes up equally often."""
+    """Indices of an epoch's prompts: shuffled passes over all, one after the other, so each comes up equally often."""
     first = epoch * per_epoch
     passes: dict[int, list[int]] = {}
     chosen = []

@@ -87,7 +87,7 @@ class Trainer:
             signal.signal(number, lambda *_: setattr(self, "stopped", True))
 
     def run_epoch(self, progress: Any) -> tuple[dict[str, float], list[dict[str, float]]]:
-        """One epoch: metrics of the rollout, and of every update. `progress(phase, done, total)` is told how far it is."""
+        """One epoch: metrics of the rollout, and of every update. `progress` is told (phase, done, total)."""
         if self.rollout is None:
             self._check_stop()
             self._sample(progress)

@@ -105,7 +105,8 @@ def test_batch_sizes_do_not_change_the_images(tmp_path, few_prompts):
 def test_full_sd35_parts_train_resume_and_export(tmp_path, tiny_sd35, few_prompts):
     folder = tmp_path / "run"
     arguments = ["--model", str(tiny_sd35), "--config", "sd3.5-medium", "--prompts", few_prompts]
-    arguments += "--rollout.height 64 --rollout.width 64 --rollout.max_sequence_length 16 --reward.model shapes --reward.pretrained null".split()
+    arguments += "--rollout.height 64 --rollout.width 64 --rollout.max_sequence_length 16".split()
+    arguments += "--reward.model shapes --reward.pretrained null".split()
     arguments += "--train.mixed_precision no --train.gradient_checkpointing true".split()
     summary = run(*arguments, "--output_dir", str(folder))
     assert summary["lora_difference"] < 1e-5

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -16,12 +17,12 @@ from transformers import CLIPTokenizer
 
 from .drawing import SIZE, Layout, draw, lay_out
 from .fit import fit
-from .grammar import COLOURS, SHAPES, STYLES, one_word_wrong, random_scene
+from .grammar import COLOURS, RELATIONS, SHAPES, STYLES, Scene, one_word_wrong, random_scene
 from .tokenizer import LENGTH, VOCABULARY
 
 PATCH = 8
 MEAN = STD = (0.5, 0.5, 0.5)
-WRONG = 1  # captions with one wrong word, contrasted with each right one
+WRONG = 2  # captions with one wrong word, contrasted with each right one
 CONFIG = {
     "embed_dim": 128,
     "vision_cfg": {"image_size": SIZE, "patch_size": PATCH, "width": 128, "layers": 4, "head_width": 32},
@@ -51,7 +52,7 @@ class Trainer(nn.Module):
         self.heads = nn.ModuleList(nn.Linear(128, len(names) + 1) for names in (SHAPES, COLOURS, STYLES))
 
     def forward(self, images: Tensor, texts: Tensor, labels: list[Tensor]) -> Tensor:
-        """Images (B, 3, H, W), texts (B (1 + WRONG), T) with the right captions first, labels of patches (B, 64) each."""
+        """Images (B, 3, H, W), texts (B (1 + WRONG), T), the right captions first; labels of patches (B, 64) each."""
         pooled, tokens = self.clip.visual(images)
         image = F.normalize(pooled.float(), dim=-1)
         text = F.normalize(self.clip.encode_text(texts).float(), dim=-1)
@@ -84,7 +85,14 @@ def augment(images: Tensor, generator: torch.Generator) -> Tensor:
     return images + 0.04 * strength[:, 1] * torch.randn(images.shape, generator=generator)
 
 
-def train(clip: CLIP, tokenizer: CLIPTokenizer, work_dir: Path, seed: int, steps: int = 2600, batch: int = 96) -> None:
+def wrong_caption(scene: Scene, rng: random.Random, number: int) -> str:
+    """One word wrong; every second time it is the relation, where there is one: the hardest word to learn."""
+    if number % 2 and scene.relation:
+        return replace(scene, relation=rng.choice([name for name in RELATIONS if name != scene.relation])).prompt
+    return one_word_wrong(scene, rng).prompt
+
+
+def train(clip: CLIP, tokenizer: CLIPTokenizer, work_dir: Path, seed: int, steps: int = 3800, batch: int = 96) -> None:
     trainer = Trainer(clip)
 
     def loss(step: int, generator: torch.Generator) -> Tensor:
@@ -92,7 +100,7 @@ def train(clip: CLIP, tokenizer: CLIPTokenizer, work_dir: Path, seed: int, steps
         scenes = [random_scene(rng) for _ in range(batch)]
         layout = lay_out(scenes, generator)
         images = augment(draw(layout, generator), generator)
-        wrong = [one_word_wrong(scene, rng).prompt for scene in scenes for _ in range(WRONG)]
+        wrong = [wrong_caption(scene, rng, number) for number in range(WRONG) for scene in scenes]
         texts = tokenizer([scene.prompt for scene in scenes] + wrong, padding="max_length", return_tensors="pt")
         with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):  # faster at so few tokens on a CPU
             return trainer(images * 2 - 1, texts.input_ids, patch_labels(layout))

@@ -74,7 +74,7 @@ def _cosine(progress: float) -> float:
 
 
 def _optimizers(module: nn.Module, learning_rate: float, muon: bool) -> list[torch.optim.Optimizer]:
-    """AdamW, or Muon (K. Jordan, 2024; scaled as in arXiv 2502.16982) for the hidden matrices and AdamW for the rest."""
+    """AdamW; or Muon (K. Jordan, 2024, scaled as in arXiv 2502.16982) for hidden matrices and AdamW for the rest."""
     named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
     outer = ("embed", "proj_out", "projection")  # first and last layers are not rotations of a hidden space
     hidden = [p for name, p in named if muon and p.dim() == 2 and not any(word in name for word in outer)]

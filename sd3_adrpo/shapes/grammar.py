@@ -4,8 +4,8 @@ A `Scene` is one or two `Group`s of like objects, at most four objects together,
 
     "three red circles"   "a small blue heart and an orange cross"   "a striped green square left of a pink diamond"
 
-`Scene.prompt` writes a scene as English, `parse` reads it back, `Scene.key` is the same for two prompts that ask for the
-same picture ("A left of B" and "B right of A"), and `split` deals every combination to exactly one of the three sets.
+`Scene.prompt` writes a scene as English, `parse` reads it back, `Scene.key` is the same for two prompts that ask for
+the same picture ("A left of B" and "B right of A"), and `split` deals every combination to one of the three sets.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Rebuilds the built-in world's weights from a seed:
 
-    python -m sd3_adrpo.shapes.pretrain [--stage autoencoder|decoder|clip|flow|all] [--seed 0] [--output_dir DIR] [--threads 2]
+    python -m sd3_adrpo.shapes.pretrain [--stage autoencoder|decoder|clip|flow|all] [--seed 0] [--threads 2]
 
 Interrupted stages continue from `--work_dir` when started again. `clip` needs no other stage and can run beside them.
 """
