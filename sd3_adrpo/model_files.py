@@ -25,6 +25,12 @@ class ModelFiles:
     stored_bytes: int = 0
     layers: dict[str, tuple[int, int]] = field(default_factory=dict)  # transformer's 2-D weights: name to (out, in)
     config: dict = field(default_factory=dict)  # transformer's
+    clip_tokens: int = 77
+
+    def text_tokens(self, max_sequence_length: int) -> int:
+        """Tokens that the transformer sees; without a T5 that says something, one stands for all of its tokens."""
+        silent = self.name == "shapes" or "text_encoder_3" not in self.parameters
+        return self.clip_tokens + (1 if silent else max_sequence_length)
 
     def lora_parameters(self, targets: list[str], rank: int) -> int:
         """Weights of a LoRA on the layers whose names end in a target. UserError where a target matches none."""
@@ -50,7 +56,9 @@ def inspect_model(model: str) -> ModelFiles:
         raise UserError(
             f"{model} holds a {index.get('_class_name')}; only StableDiffusion3Pipeline (SD3, SD3.5) can be trained"
         )
-    found = ModelFiles(model, folder)
+    tokenizer = folder / "tokenizer" / "tokenizer_config.json"
+    clip_tokens = _json(tokenizer).get("model_max_length", 77) if tokenizer.is_file() else 77
+    found = ModelFiles(model, folder, clip_tokens=clip_tokens)
     for part, kind in index.items():
         if not isinstance(kind, list) or kind[0] is None or part.startswith(("tokenizer", "scheduler", "_")):
             continue

@@ -19,7 +19,6 @@ from .model_files import ModelFiles, inspect_model
 from .prompts import Prompt, file_hash, held_out, read_prompts
 
 CALLS_PER_STEP = {"euler": 1, "heun": 2, "midpoint": 2}
-CLIP_TOKENS = 77  # of SD3's CLIP encoders; a small model has fewer
 KEPT_CHECKPOINTS = 3  # two that stay and the one being written
 POSITIVE = {
     "": "epochs checkpointing_epochs validation_epochs",
@@ -179,7 +178,7 @@ def _memory(config: Config, model: ModelFiles, lora: int) -> str:
     counts = {name: count or 0 for name, count in model.parameters.items()}
     encoders = item * sum(count for name, count in counts.items() if name.startswith("text_encoder"))
     rest = item * sum(counts.values()) - encoders
-    training = rest + 16 * lora + _activations(config, model.config, item)
+    training = rest + 16 * lora + _activations(config, model, item)
     need = max(rest + encoders, training)
     name, total = _installed_memory()
     return (
@@ -194,12 +193,13 @@ def _memory(config: Config, model: ModelFiles, lora: int) -> str:
     )
 
 
-def _activations(config: Config, transformer: dict, item: int) -> int:
+def _activations(config: Config, model: ModelFiles, item: int) -> int:
     """Bytes that a backward pass keeps: about 17 values per token, channel and layer (arXiv 2205.05198, without the
     attention matrix), one with checkpointing."""
-    rollout, train = config.rollout, config.train
+    rollout, train, transformer = config.rollout, config.train, model.config
     patch = 8 * transformer.get("patch_size", 2)
-    tokens = (rollout.height // patch) * (rollout.width // patch) + CLIP_TOKENS + rollout.max_sequence_length
+    tokens = (rollout.height // patch) * (rollout.width // patch)
+    tokens += model.text_tokens(rollout.max_sequence_length)
     width = transformer.get("num_attention_heads", 24) * transformer.get("attention_head_dim", 64)
     layers = transformer.get("num_layers", 24)
     kept = layers + 17 if train.gradient_checkpointing else 17 * layers

@@ -11,6 +11,7 @@ from sd3_adrpo.shapes.drawing import (
     EXTENT,
     FREE,
     LARGE,
+    LATTICE,
     PALETTE,
     SIZE,
     SMALL,
@@ -143,7 +144,8 @@ def test_centres_obey_relation_gap_and_margin(scenes, layout):
         n = scene.count
         assert layout.present[i].sum() == n
         centre, radius = layout.centre[i, :n], layout.radius[i, :n]
-        reach = (EXTENT * radius + 1)[:, None]
+        reach = (EXTENT * radius + 0.5)[:, None]
+        assert torch.equal(centre % LATTICE, torch.zeros_like(centre))
         assert (centre >= reach - 1e-4).all() and (centre <= SIZE - reach + 1e-4).all()
         for a in range(n):
             for b in range(a):
@@ -160,8 +162,7 @@ def test_radii_are_what_the_words_say(scenes, layout):
         objects = [group for group in scene.groups for _ in range(group.count)]
         for group, radius in zip(objects, layout.radius[i].tolist(), strict=False):
             free = FREE[scene.count] if group.style == "solid" else STYLED
-            low, high = {"small": SMALL, "large": LARGE, None: free}[group.size]
-            assert low <= radius <= high + 1e-4
+            assert radius in {"small": SMALL, "large": LARGE, None: free}[group.size]
 
 
 def test_area_of_each_shape():

@@ -1,7 +1,8 @@
 """Draws scenes: 64 x 64 pixels, anti-aliased from signed distances, a whole batch at once.
 
 What the prompt leaves open is drawn at random, so that two images of one prompt differ: the background, every position,
-and the sizes that are not named.
+and the sizes that are not named. Centres lie on a lattice of 8 pixels, the autoencoder's stride, and radii take four
+values: a transformer of three million weights then draws sharp edges after an hour on two cores instead of a day.
 """
 
 from __future__ import annotations
@@ -30,10 +31,16 @@ PALETTE = torch.tensor(
 OUTLINE = 2.2  # pixels
 STRIPE = 6.0  # pixels from stripe to stripe
 STRIPE_SHADE = 0.4  # brightness of the dark stripes
-SMALL, LARGE = (6.0, 7.5), (10.5, 12.5)  # radii in pixels; `size_boundary` between them decides which word is right
+LATTICE = 8  # pixels
+SMALL, LARGE = (6.5,), (11.5,)  # radii in pixels; `SIZE_BOUNDARY` between them decides which word is right
 SIZE_BOUNDARY = 9.0
-STYLED = (9.0, 12.0)  # an outline or stripes need room
-FREE = {1: (6.5, 12.0), 2: (6.5, 12.0), 3: (6.5, 9.5), 4: (6.5, 8.5)}  # by the number of objects in the scene
+STYLED = (9.5, 11.5)  # an outline or stripes need room
+FREE = {
+    1: (6.5, 8.0, 9.5, 11.5),
+    2: (6.5, 8.0, 9.5, 11.5),
+    3: (6.5, 8.0, 9.5),
+    4: (6.5, 8.0),
+}  # by objects in the scene
 EXTENT = 1.1  # a shape of radius r fits into a circle of about this times r
 
 
@@ -55,7 +62,8 @@ def lay_out(scenes: list[Scene], generator: torch.Generator) -> Layout:
     """Draws the free attributes of each scene: radii, non-overlapping centres that obey the relation, background."""
     n = len(scenes)
     kind = torch.zeros(n, MAX_OBJECTS, 3, dtype=torch.long)
-    span = torch.ones(n, MAX_OBJECTS, 2)
+    radius = torch.ones(n, MAX_OBJECTS)
+    pick = torch.rand(n, MAX_OBJECTS, generator=generator).tolist()
     present = torch.zeros(n, MAX_OBJECTS, dtype=torch.bool)
     for i, scene in enumerate(scenes):
         objects = [group for group in scene.groups for _ in range(group.count)]
@@ -64,9 +72,9 @@ def lay_out(scenes: list[Scene], generator: torch.Generator) -> Layout:
                 [SHAPES.index(group.shape), COLOURS.index(group.colour), STYLES.index(group.style)]
             )
             named = {"small": SMALL, "large": LARGE}.get(group.size)
-            span[i, j] = torch.tensor(named or (STYLED if group.style != "solid" else FREE[scene.count]))
+            choices = named or (STYLED if group.style != "solid" else FREE[scene.count])
+            radius[i, j] = choices[int(pick[i][j] * len(choices))]
             present[i, j] = True
-    radius = span[..., 0] + (span[..., 1] - span[..., 0]) * torch.rand(n, MAX_OBJECTS, generator=generator)
     relations = [scene.relation for scene in scenes]
     grey = torch.empty(n, 1).uniform_(0.12, 0.9, generator=generator)
     tint = torch.empty(n, 3).uniform_(-0.05, 0.05, generator=generator)
@@ -100,9 +108,10 @@ def _place(radius: Tensor, present: Tensor, relations: list[str | None], generat
 
 def _candidates(radius: Tensor, present: Tensor, direction: Tensor, generator: torch.Generator, tries: int = 192):
     """Random centres (N, tries, 4, 2), and which of them obey margins, gaps and relation (N, tries)."""
-    margin = (EXTENT * radius + 1)[:, None, :, None]
+    margin = (EXTENT * radius + 0.5)[:, None, :, None]
+    first, last = (margin / LATTICE).ceil(), ((SIZE - margin) / LATTICE).floor()
     unit = torch.rand(len(radius), tries, MAX_OBJECTS, 2, generator=generator)
-    centre = margin + unit * (SIZE - 2 * margin)
+    centre = LATTICE * (first + (unit * (last - first + 1)).floor())
     distance = (centre[:, :, :, None] - centre[:, :, None]).norm(dim=-1)
     needed = EXTENT * (radius[:, :, None] + radius[:, None]) + 2
     both = (present[:, :, None] & present[:, None]).triu(1)

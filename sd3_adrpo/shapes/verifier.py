@@ -97,7 +97,7 @@ def free_attributes(scene: Scene, found: list[Found], background: Tensor) -> Ten
         members, order = sorted(order[: group.count], key=lambda one: one.x), order[group.count :]
         for one in members:
             values += [one.x / SIZE, one.y / SIZE]
-            values += [] if group.size else [one.radius / (LARGE[1] - SMALL[0])]
+            values += [] if group.size else [one.radius / (LARGE[-1] - SMALL[0])]
     return torch.tensor(values)
 
 
