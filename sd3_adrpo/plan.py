@@ -114,7 +114,8 @@ def _output(config: Config) -> Path | None:
     folder = Path(config.output_dir).expanduser() if config.output_dir else None
     if folder and folder.exists() and not folder.is_dir():
         raise UserError(f"output_dir {folder} is a file: give a folder")
-    if folder and folder.is_dir() and any(folder.iterdir()):
+    first = os.environ.get("RANK", "0") == "0"  # of several processes it makes the folder, maybe before others look
+    if first and folder and folder.is_dir() and any(folder.iterdir()):
         raise UserError(
             f"output_dir {folder} is not empty: give another, or go on with its run: --resume_from_checkpoint {folder}"
         )

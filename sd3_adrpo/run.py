@@ -49,7 +49,7 @@ class Run:
         self.accelerator = Accelerator(log_with=tracker, project_dir=".")
         self.main = self.accelerator.is_main_process
         self.folder = self._make_folder()
-        self.accelerator.project_configuration.set_directories(str(self.folder))
+        self.accelerator.project_configuration.logging_dir = str(self.folder)
         torch.manual_seed(config.seed)  # the LoRA's initial weights; everything else is seeded by name
 
     def _make_folder(self) -> Path:
