@@ -270,7 +270,7 @@ class Run:
     def _report(self, summary: dict[str, Any], lora: Path, difference: float, picture: Path) -> None:
         print(f"\n{'':16}{'before':>10}{'after':>10}{'difference':>14}")
         for name, before in summary["before"].items():
-            if before is not None:
+            if before is not None and summary["after"][name] is not None:
                 paired = summary["difference"][name]
                 error = f" ± {paired['stderr']:.4f}" if paired["stderr"] is not None else ""
                 print(f"{name:16}{before:10.4f}{summary['after'][name]:10.4f}{paired['mean']:+14.4f}{error}")
