@@ -144,7 +144,7 @@ def test_dry_run_loads_no_model(builtin: Path, tiny_sd3: Path) -> None:
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, env=os.environ)
     assert done.returncode == 0, done.stderr
     assert "17 prompts, the rest of" in done.stdout and "4 prompts, a held-out fifth of" in done.stdout
-    assert "1024 images (128 prompts x 8)" in done.stdout
+    assert "2048 images (128 prompts x 16)" in done.stdout
 
 
 def test_missing_prompt_file() -> None:

@@ -99,7 +99,8 @@ def test_batch_sizes_do_not_change_the_images(tmp_path, few_prompts):
     other = Run(config, plan.check(config))
     other._load()
     other.trainer._sample(lambda *_: None)
-    torch.testing.assert_close(one.trainer.rollout.clean, other.trainer.rollout.clean, atol=1e-5, rtol=0)
+    # the noise is bit-equal (test_flow.py); a matrix product rounds differently for another number of rows
+    torch.testing.assert_close(one.trainer.rollout.clean, other.trainer.rollout.clean, atol=1e-4, rtol=0)
 
 
 def test_full_sd35_parts_train_resume_and_export(tmp_path, tiny_sd35, few_prompts):

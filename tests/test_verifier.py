@@ -173,7 +173,7 @@ def test_no_answer_outside_the_world(drawn):
 def test_free_attributes_in_canonical_order():
     background = torch.tensor([0.1, 0.2, 0.3])
     scene = scene_of("two red circles and a blue circle")
-    found = [circle(48, 16, radius=6.5), circle(32, 64, "blue", radius=13), circle(16, 32, radius=6.5)]
+    found = [circle(48, 16, radius=5), circle(32, 64, "blue", radius=10), circle(16, 32, radius=5)]
     expected = torch.tensor([0.1, 0.2, 0.3, 0.25, 0.5, 1, 0.75, 0.25, 1, 0.5, 1, 2])
     assert torch.allclose(free_attributes(scene, found, background), expected)
     named = free_attributes(scene_of("a small red circle"), [circle(16, 32)], background)
