@@ -82,15 +82,21 @@ def resolve_prompts(config: Config) -> tuple[list[Prompt], list[Prompt], dict[st
         (train, test), test_path = held_out(train, config.eval.seed), path
         source = "a held-out fifth" if len(test) < len(train) else "all"  # under ten prompts are both
     described = {
-        "train": {"file": str(path), "part": "the rest" if source == "a held-out fifth" else "all"},
-        "test": {"file": str(test_path), "part": source},
+        "train": {"file": _shown(path), "part": "the rest" if source == "a held-out fifth" else "all"},
+        "test": {"file": _shown(test_path), "part": source},
     }
-    for part, prompts in (("train", train), ("test", test)):
+    for part, prompts, file in (("train", train, path), ("test", test, test_path)):
         categories = Counter(prompt.category for prompt in prompts if prompt.category)
-        described[part] |= {"sha256": file_hash(described[part]["file"]), "prompts": len(prompts)}
+        described[part] |= {"sha256": file_hash(file), "prompts": len(prompts)}
         described[part]["categories"] = dict(categories)
     described["test"]["also_trained_on"] = len({prompt.text for prompt in train} & {prompt.text for prompt in test})
     return train, test, described
+
+
+def _shown(path: Path) -> str:
+    """Short for a shipped file, so that a run's summary does not name the folder of somebody's computer."""
+    shipped = path.resolve().is_relative_to(prompt_files.PROMPTS_DIR.resolve())
+    return f"prompts/{path.name}" if shipped else str(path)
 
 
 def _find(name: str) -> Path:
