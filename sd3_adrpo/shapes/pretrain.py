@@ -87,9 +87,11 @@ def save_pipeline(model: flow_model.FlowModel, vae: AutoencoderKL, bpe, folder: 
         tokenizer_3=bpe,
     )
     pipeline.save_pretrained(folder)
-    for part in ("text_encoder", "text_encoder_2", "text_encoder_3"):  # transformers would load what its config names
-        path = folder / part / "config.json"
-        config = json.loads(path.read_text()) | {"dtype": "float32"}
+    for path in folder.glob("*/config.json"):
+        config = json.loads(path.read_text())
+        config.pop("_name_or_path", None)  # a folder of this computer
+        if "dtype" in config:
+            config["dtype"] = "float32"  # transformers would load what its config names
         path.write_text(json.dumps(config, indent=2) + "\n")
 
 
