@@ -43,16 +43,18 @@ def build() -> CLIP:
 
 
 class Trainer(nn.Module):
-    """CLIP and, only while it trains, heads that name the object under each patch: they make it see within minutes."""
+    """CLIP and, only while it trains, heads that say what and where the objects are: they make it see in minutes."""
 
     def __init__(self, clip: CLIP) -> None:
         super().__init__()
         self.clip = clip
         clip.visual.output_tokens = True
         self.heads = nn.ModuleList(nn.Linear(128, len(names) + 1) for names in (SHAPES, COLOURS, STYLES))
+        self.where = nn.Linear(CONFIG["embed_dim"], 2 * len(COLOURS))
 
-    def forward(self, images: Tensor, texts: Tensor, labels: list[Tensor]) -> Tensor:
-        """Images (B, 3, H, W), texts (B (1 + WRONG), T), the right captions first; labels of patches (B, 64) each."""
+    def forward(self, images: Tensor, texts: Tensor, labels: list[Tensor], centres: Tensor) -> Tensor:
+        """Images (B, 3, H, W), texts (B (1 + WRONG), T), the right captions first; labels of patches (B, 64) each;
+        centres (B, colours, 2), NaN for absent colours."""
         pooled, tokens = self.clip.visual(images)
         image = F.normalize(pooled.float(), dim=-1)
         text = F.normalize(self.clip.encode_text(texts).float(), dim=-1)
@@ -63,7 +65,9 @@ class Trainer(nn.Module):
             F.cross_entropy(head(tokens.float()).flatten(0, 1), label.flatten())
             for head, label in zip(self.heads, labels, strict=True)
         )
-        return contrast + patches
+        # where each colour is, linearly in the embedding: a relation is then a difference that a text can point along
+        error = (self.where(pooled.float()).view_as(centres) - centres).square()
+        return contrast + patches + 4 * error[~centres.isnan()].mean()
 
 
 def patch_labels(layout: Layout) -> list[Tensor]:
@@ -75,6 +79,13 @@ def patch_labels(layout: Layout) -> list[Tensor]:
     nearest, which = distance.min(dim=-1)
     inside = nearest < 2.0
     return [torch.where(inside, names.gather(1, which) + 1, 0) for names in (layout.shape, layout.colour, layout.style)]
+
+
+def colour_centres(layout: Layout) -> Tensor:
+    """Mean position of each colour's objects (B, colours, 2), from -1 to 1; NaN where there are none."""
+    member = F.one_hot(layout.colour, len(COLOURS)) * layout.present[..., None]  # (B, 4, colours)
+    total = torch.einsum("noc,nod->ncd", member.float(), layout.centre * 2 / SIZE - 1)
+    return total / member.sum(1)[..., None]
 
 
 def augment(images: Tensor, generator: torch.Generator) -> Tensor:
@@ -92,7 +103,7 @@ def wrong_caption(scene: Scene, rng: random.Random, number: int) -> str:
     return one_word_wrong(scene, rng).prompt
 
 
-def train(clip: CLIP, tokenizer: CLIPTokenizer, work_dir: Path, seed: int, steps: int = 3800, batch: int = 96) -> None:
+def train(clip: CLIP, tokenizer: CLIPTokenizer, work_dir: Path, seed: int, steps: int = 6000, batch: int = 96) -> None:
     trainer = Trainer(clip)
 
     def loss(step: int, generator: torch.Generator) -> Tensor:
@@ -103,7 +114,7 @@ def train(clip: CLIP, tokenizer: CLIPTokenizer, work_dir: Path, seed: int, steps
         wrong = [wrong_caption(scene, rng, number) for number in range(WRONG) for scene in scenes]
         texts = tokenizer([scene.prompt for scene in scenes] + wrong, padding="max_length", return_tensors="pt")
         with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):  # faster at so few tokens on a CPU
-            return trainer(images * 2 - 1, texts.input_ids, patch_labels(layout))
+            return trainer(images * 2 - 1, texts.input_ids, patch_labels(layout), colour_centres(layout))
 
     fit("clip", trainer, loss, steps=steps, learning_rate=1.5e-3, work_dir=work_dir, seed=seed)
     clip.visual.output_tokens = False
