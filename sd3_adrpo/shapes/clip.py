@@ -66,7 +66,7 @@ class Trainer(nn.Module):
             for head, label in zip(self.heads, labels, strict=True)
         )
         # where each colour is, linearly in the embedding: a relation is then a difference that a text can point along
-        error = (self.where(pooled.float()).view_as(centres) - centres).square()
+        error = (self.where(pooled.float()).view_as(centres) - centres.nan_to_num()).square()
         return contrast + patches + 4 * error[~centres.isnan()].mean()
 
 
