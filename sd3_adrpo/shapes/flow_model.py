@@ -130,7 +130,7 @@ def train(
     ids: Tensor,
     work_dir: Path,
     seed: int,
-    steps: int = 20000,
+    steps: int = 14500,
     batch: int = 128,
 ) -> None:
     """Flow matching with SD3's logit-normal sigmas (arXiv 2403.03206, section 3.1)."""
