@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
+from .draws import Draws
 from .errors import UserError
-from .flow import add_noise, seeded_noise, velocity_target
+from .flow import seeded_noise
+from .objective import Objective
 from .policy import Policy
-from .types import Batch, Condition
+from .types import Batch, Condition, Rollout
 
 
-def check_learning(policy: Policy, objective, condition: Condition, shape: tuple[int, ...]) -> None:
+def check_learning(policy: Policy, objective: Objective, condition: Condition, shape: tuple[int, ...]) -> None:
     """Two updates with advantages +1 and -1 on noise, then everything restored.
 
     At initialisation lora_B is zero and v = v_ref, so lora_A and the penalty have exactly no gradient: lora_B must get
     one from the first backward, lora_A and the penalty from the second. An update must change the policy's velocity and
     leave the reference's. Raises UserError, which names what did not hold.
     """
-    device = policy.model.device
     parameters = policy.named_parameters()
     before = [parameter.detach().clone() for _, parameter in parameters]
-    batch = _batch(policy, objective.clip, condition.select(torch.zeros(2, dtype=torch.long)).to(device), shape)
+    batch = _batch(policy, objective, condition, shape)
     fresh = all((parameter == 0).all() for name, parameter in parameters if "lora_B" in name)
     try:
         _require(_gradient(policy, objective, batch, "lora_B") > 0, "no gradient reaches lora_B")
@@ -44,17 +47,25 @@ def check_learning(policy: Policy, objective, condition: Condition, shape: tuple
                 parameter.grad = None
 
 
-def _batch(policy: Policy, clip: float, condition: Condition, shape: tuple[int, ...]) -> Batch:
-    clean, noise = seeded_noise([1, 2, 3, 4], shape).to(policy.model.device).chunk(2)
-    sigma = torch.tensor([0.5, 0.8], device=clean.device)
-    noisy = add_noise(clean, noise, sigma)
+def _batch(policy: Policy, objective: Objective, condition: Condition, shape: tuple[int, ...]) -> Batch:
+    """Two samples of one prompt, the first better than the second."""
+    path = seeded_noise([1, 2, 3, 4, 5, 6], shape).unflatten(0, (2, 3))  # of two steps, for objectives on paths
+    rewards = torch.tensor([1.0, -1.0])
+    rollout = Rollout(torch.zeros(2, dtype=torch.long), path[:, -1], rewards, path=path, velocity=path[:, 1:] * 0)
+    weight, _ = objective.weigh(rewards)
+    units = objective.units(weight, 2)
+    sigma, noise = torch.tensor([0.5, 0.8])[: len(units), None], seeded_noise([7, 8], (1, *shape))[: len(units)]
+    draws = Draws(units, sigma, noise)
+    if objective.noise_level:
+        draws = Draws(units, sigma, None, torch.zeros(len(units), 1, dtype=torch.long), sigma - 0.1)
+    rows, device = torch.arange(len(units)), policy.model.device
+    batch = draws.batch(rows, rollout, weight, condition, device)
     with torch.no_grad(), policy.reference():
-        reference = policy.velocity(noisy, sigma, condition)
-    advantage = torch.tensor([clip, -clip], device=clean.device)
-    return Batch(advantage, sigma, noisy, velocity_target(clean, noise), reference, condition)
+        reference = policy.velocity(batch.noisy, batch.sigma, batch.condition)
+    return replace(batch, reference=reference, old=reference)
 
 
-def _gradient(policy: Policy, objective, batch: Batch, part: str) -> float:
+def _gradient(policy: Policy, objective: Objective, batch: Batch, part: str) -> float:
     for parameter in policy.parameters():
         parameter.grad = None
     objective.loss(policy.velocity(batch.noisy, batch.sigma, batch.condition), batch)[0].backward()

@@ -133,7 +133,7 @@ def _read(file: str) -> tuple[str, Layer]:
 
 def _choose(kind: str, layers: list[tuple[str, Layer]], argv: list[str]) -> type:
     """The dataclass that the strongest layer names. Options that weaker layers give to another one are dropped."""
-    name, owners = _sections(KINDS)[kind]().name, []
+    name, owners = getattr(Config(), kind).name, []
     for _, layer in layers:
         name = layer.get(f"{kind}.name", name)
         owners.append(name)
@@ -154,10 +154,10 @@ def _choose(kind: str, layers: list[tuple[str, Layer]], argv: list[str]) -> type
     raise TypeError(f'{module.__file__} has no dataclass with the field `name: Literal["{name}"] = "{name}"`')
 
 
-def _sections(kinds: Iterable[str] = ()) -> dict[str, type]:
-    """The dataclasses within Config by field name: the plain ones, or those of `kinds` (then the default's class)."""
-    nested = {name: hint for name, hint in get_type_hints(Config).items() if dataclasses.is_dataclass(hint)}
-    return {name: hint for name, hint in nested.items() if name in (kinds or nested.keys() - KINDS.keys())}
+def _sections() -> dict[str, type]:
+    """The dataclasses within Config by field name, but for those that are picked by name."""
+    hints = get_type_hints(Config).items()
+    return {name: hint for name, hint in hints if dataclasses.is_dataclass(hint) and name not in KINDS}
 
 
 def _parser(chosen: dict[str, type]) -> tuple[jsonargparse.ArgumentParser, dict[str, Any]]:
@@ -171,7 +171,7 @@ def _parser(chosen: dict[str, type]) -> tuple[jsonargparse.ArgumentParser, dict[
         group = parser.add_argument_group(section, first_line(cls) or None) if section else parser
         hints, comments = get_type_hints(cls), option_help(cls)
         for field in dataclasses.fields(cls):
-            if dataclasses.is_dataclass(hints[field.name]):
+            if field.name in KINDS or dataclasses.is_dataclass(hints[field.name]):
                 continue
             key = f"{section}.{field.name}" if section else field.name
             types[key] = hints[field.name]

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from .objective import Objective
 from .objectives.adrpo import Adrpo
 from .rewards.clip import ClipReward
 
@@ -83,7 +84,7 @@ class Config:
     output_dir: str | None = None  # None: a new dated folder under runs/
     resume_from_checkpoint: str | None = None  # a checkpoint folder, a run folder, or "latest"
     dry_run: bool = False
-    objective: Adrpo = field(default_factory=Adrpo)
+    objective: Objective = field(default_factory=Adrpo)
     reward: ClipReward = field(default_factory=ClipReward)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -92,3 +93,4 @@ class Config:
     report_to: str = "tensorboard"  # any tracker of accelerate, or "none"; metrics.jsonl is always written
     checkpointing_epochs: int = 10
     validation_epochs: int = 10  # a grid of fixed prompts and noise every so many epochs
+    evaluation_epochs: int = 0  # the whole test set is measured every so many epochs too; 0: before and after only

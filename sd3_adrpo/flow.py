@@ -93,6 +93,22 @@ def midpoint(velocity: Velocity, noisy: Tensor, sigma: float, to: float) -> Tens
 SOLVERS = {"euler": euler, "heun": heun, "midpoint": midpoint}
 
 
+def sde_step(noisy: Tensor, velocity: Tensor, sigma: Tensor, to: Tensor, noise_level: float) -> tuple[Tensor, Tensor]:
+    """Mean (B, C, h, w) and standard deviation (B, 1, 1, 1) of a step of the SDE with the ODE's marginals.
+
+        mean = noisy + d [v + s^2 / (2 sigma) (noisy + (1 - sigma) v)]      d = to - sigma < 0
+        std = s sqrt(-d)                                                    s = a sqrt(sigma / (1 - sigma))
+
+    Flow-GRPO, arXiv 2505.05470, eq. 9, with a = `noise_level`; a = 0 is Euler's step. At sigma = 1, where s is
+    infinite, `to` stands in its denominator. sigma and to (B,); the last step, to 0, is the caller's to make without
+    noise.
+    """
+    sigma, to = _column(sigma, noisy), _column(to, noisy)
+    level = noise_level * (sigma / (1 - torch.where(sigma < 1, sigma, to))).sqrt()
+    drift = velocity + level**2 / (2 * sigma) * (noisy + (1 - sigma) * velocity)
+    return noisy + (to - sigma) * drift, level * (sigma - to).sqrt()
+
+
 def _at(velocity: Velocity, noisy: Tensor, sigma: float) -> Tensor:
     return velocity(noisy, torch.full((len(noisy),), sigma, device=noisy.device)).to(noisy.dtype)
 

@@ -35,6 +35,7 @@ class Policy:
             parameter.data = parameter.data.float()
         if gradient_checkpointing:
             transformer.enable_gradient_checkpointing()
+        self._old: list[Tensor] | None = None
         self._layers = [module for module in transformer.modules() if isinstance(module, BaseTunerLayer)]
 
     def parameters(self) -> list[torch.nn.Parameter]:
@@ -60,8 +61,37 @@ class Policy:
             for layer, disabled in zip(self._layers, before, strict=True):
                 layer._disable_adapters = disabled
 
+    @contextmanager
+    def old(self) -> Iterator[None]:
+        """The averaged weights (`update_old`) in place of the trained ones."""
+        if self._old is None:
+            self.update_old(0.0)
+        parameters = self.parameters()
+        current = [parameter.data for parameter in parameters]
+        for parameter, value in zip(parameters, self._old, strict=True):
+            parameter.data = value
+        try:
+            yield
+        finally:
+            for parameter, value in zip(parameters, current, strict=True):
+                parameter.data = value
+
+    @torch.no_grad()
+    def update_old(self, decay: float) -> None:
+        """old = decay old + (1 - decay) policy; the first time a copy of the policy."""
+        current = [parameter.detach() for parameter in self.parameters()]
+        if self._old is None:
+            self._old = [value.clone() for value in current]
+        torch._foreach_lerp_(self._old, current, 1 - decay)
+
     def state_dict(self) -> dict[str, Tensor]:
         return {name: parameter.detach() for name, parameter in self.named_parameters()}
+
+    def old_state(self) -> list[Tensor] | None:
+        return self._old
+
+    def load_old_state(self, state: list[Tensor] | None) -> None:
+        self._old = None if state is None else [value.to(self.model.device) for value in state]
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Tensor]) -> None:

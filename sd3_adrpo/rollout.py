@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from .flow import Velocity, seeded_noise, solve
+from .flow import Velocity, sde_step, seeded_noise, solve
 from .models.sd3 import SD3
 from .types import Condition
 
@@ -65,3 +65,31 @@ def sample(
         if progress:
             progress(len(index))
     return torch.cat(parts) if parts else torch.zeros(0, *shape)
+
+
+@torch.no_grad()
+def sample_path(
+    model: SD3,
+    condition: Condition,
+    prompt_index: Tensor,
+    seeds: Sequence[int],
+    sigmas: Tensor,
+    shape: Sequence[int],
+    noise_level: float,
+    velocity: Callable | None = None,
+) -> tuple[Tensor, Tensor]:
+    """A stochastic path (B, S + 1, C, h, w) from each seed, noise first, and the velocities (B, S, C, h, w) along it.
+
+    Steps are Gaussian (`flow.sde_step`) but for the last, which is Euler's. No guidance: a path's probability is that
+    of the policy itself. One batch; float32 on the CPU.
+    """
+    velocity, condition = velocity or model.velocity, condition.select(prompt_index).to(model.device)
+    noise = seeded_noise(seeds, (len(sigmas) - 1, *shape)).to(model.device)
+    path, velocities = [noise[:, 0]], []
+    for step, (sigma, to) in enumerate(zip(sigmas[:-1].tolist(), sigmas[1:].tolist(), strict=True)):
+        at, towards = (torch.full((len(noise),), value, device=noise.device) for value in (sigma, to))
+        velocities.append(velocity(path[-1], at, condition).float())
+        last = to == 0
+        mean, std = sde_step(path[-1], velocities[-1], at, towards, 0.0 if last else noise_level)
+        path.append(mean if last else mean + std * noise[:, step + 1])
+    return torch.stack(path, dim=1).cpu(), torch.stack(velocities, dim=1).cpu()

@@ -157,15 +157,23 @@ class Run:
             metrics, updates = self.trainer.run_epoch(progress)
             metrics |= self._accuracy() | {"seconds": time.monotonic() - started}
             metrics["images_per_second"] = self.trainer.samples / metrics["seconds"]
-            metrics |= {name: updates[-1][name] for name in ("w2", "velocity_norm_ratio") if updates}
+            metrics |= {name: updates[-1][name] for name in ("w2", "velocity_norm_ratio") if name in updates[-1]}
             shown = {k: f"{metrics[k]:.3f}" for k in ("reward", "accuracy", "w2", "images_per_second") if k in metrics}
             bar.set_postfix(shown)
         self._log(epoch, metrics, updates)
         last = self.trainer.epoch == self.config.epochs
         if self.trainer.epoch % self.config.validation_epochs == 0 and not last:
             self._grid()
+        if self.config.evaluation_epochs and self.trainer.epoch % self.config.evaluation_epochs == 0 and not last:
+            self._evaluate()
         if self.trainer.epoch % self.config.checkpointing_epochs == 0 or last:
             self._save()
+
+    def _evaluate(self) -> None:
+        summary = self._measure(self.policy, f"after epoch {self.trainer.epoch}").summary()
+        if self.main:
+            with open(self.folder / "metrics.jsonl", "a") as file:
+                file.write(json.dumps({"kind": "evaluation", "epoch": self.trainer.epoch, **summary}) + "\n")
 
     def _accuracy(self) -> dict[str, float]:
         """Of the epoch's own samples, where the prompts are of the built-in world."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -12,14 +13,14 @@ from torch import Tensor
 
 from .advantages import Advantages
 from .config import Config
+from .draws import Draws, fresh_noise, path_steps
 from .errors import UserError
-from .flow import add_noise, seeded_noise, stratified_sigmas, velocity_target
 from .models.sd3 import SD3
 from .policy import Policy
 from .rewards.clip import ClipScorer
-from .rollout import sample
+from .rollout import sample, sample_path
 from .seeds import epoch_prompts, generator_for, seed_for
-from .types import Batch, Condition, Rollout
+from .types import Condition, Rollout
 
 
 class Interrupted(Exception):
@@ -47,6 +48,7 @@ class Trainer:
         self.config, self.accelerator, self.model, self.policy, self.scorer = config, accelerator, model, policy, scorer
         self.prompts, self.condition, self.negative = prompts, condition, negative
         rollout, train = config.rollout, config.train
+        self.objective = config.objective
         self.shape = model.latent_shape(rollout.height, rollout.width)
         self.sigmas = model.sigmas(rollout.num_inference_steps, rollout.shift, rollout.height, rollout.width)
         self.samples = rollout.prompts_per_epoch * rollout.samples_per_prompt
@@ -59,7 +61,8 @@ class Trainer:
             accelerator.process_index * self.samples // accelerator.num_processes,
             (accelerator.process_index + 1) * self.samples // accelerator.num_processes,
         )
-        self.advantages = Advantages(config.objective.advantage)
+        self._check_objective()
+        self.advantages = Advantages(self.objective.advantage, condition.pooled)
         self.optimizer = torch.optim.AdamW(
             policy.parameters(),
             lr=train.learning_rate,
@@ -75,11 +78,38 @@ class Trainer:
         self.advantage = torch.zeros(0)
         self.stopped = False
 
+    def _check_objective(self) -> None:
+        objective, rollout = self.objective, self.config.rollout
+        whole = len(range(self.samples)[self.mine]) % rollout.samples_per_prompt == 0
+        if objective.units_per_group(rollout.samples_per_prompt) < 1:
+            raise UserError(
+                f"objective {objective.name} compares samples of a prompt: rollout.samples_per_prompt is "
+                f"{rollout.samples_per_prompt}, it must be at least 2"
+            )
+        if not whole and objective.units_per_group(rollout.samples_per_prompt) < rollout.samples_per_prompt:
+            raise UserError(
+                f"objective {objective.name} chooses among a prompt's samples, but {self.accelerator.num_processes} "
+                "processes would share one prompt's: make rollout.prompts_per_epoch a multiple of the processes"
+            )
+        if objective.noise_level and (rollout.guidance_scale != 1 or rollout.solver != "euler"):
+            raise UserError(
+                f"objective {objective.name} samples an SDE without guidance: leave out rollout.guidance_scale and "
+                "rollout.solver"
+            )
+        steps = rollout.num_inference_steps - 1  # the last step of a path has no noise
+        if objective.noise_level and self.config.train.sigmas_per_sample > steps:
+            raise UserError(
+                f"train.sigmas_per_sample is {self.config.train.sigmas_per_sample}, but a path of "
+                f"{steps + 1} steps has {steps} to train on: raise rollout.num_inference_steps or lower the former"
+            )
+
     @property
     def updates_per_pass(self) -> int:
-        samples = self.samples // self.accelerator.num_processes
+        """The objective's samples over those of an update."""
+        groups = self.samples // self.accelerator.num_processes / self.config.rollout.samples_per_prompt
+        units = groups * self.objective.units_per_group(self.config.rollout.samples_per_prompt)
         per_update = self.config.train.batch_size * self.config.train.gradient_accumulation_steps
-        return max(1, round(samples / per_update))
+        return max(1, round(units * self.objective.members / per_update))
 
     def stop_on_signals(self) -> None:
         """From now on SIGINT and SIGTERM end the loop at the next update instead of at once."""
@@ -99,8 +129,12 @@ class Trainer:
         metrics = self._rollout_metrics(self.rollout)
         self.last_images = self.rollout.images, [self.prompts[index] for index in self.rollout.prompt.tolist()]
         self.epoch, self.inner, self.rollout = self.epoch + 1, 0, None
-        updates = [dict(zip(log, torch.stack(list(log.values())).tolist(), strict=True)) for log in logs]
-        return metrics, updates
+        updates = self.epoch * self.config.train.inner_epochs * self.updates_per_pass
+        decay = self.objective.old_decay(self.epoch, updates)
+        if decay is not None:
+            self.policy.update_old(decay)
+        rows = [dict(zip(log, torch.stack(list(log.values())).tolist(), strict=True)) for log in logs]
+        return metrics, rows
 
     # prompts -> latents -> images -> rewards -> advantages
 
@@ -115,33 +149,49 @@ class Trainer:
             if self.accelerator.num_processes == 1:
                 self._check_stop()
             rows = slice(start, start + rollout.batch_size)
+            seeds = [seed_for(self.config.seed, "rollout", self.epoch, number) for number in numbers[rows]]
+            clean, path, velocity = self._latents(prompt[rows], seeds)
+            images = self.model.decode(clean, rollout.batch_size)
+            texts = [self.prompts[index] for index in prompt[rows].tolist()]
+            rewards = self.scorer(images, texts)
+            pixels = (images * 255).round().to(torch.uint8).cpu()
+            parts.append(Rollout(prompt[rows], clean, rewards, pixels, path, velocity))
+            progress("sampling", start + len(texts), len(prompt))
+        self.rollout = Rollout(
+            *(
+                torch.cat(values) if values[0] is not None else None
+                for values in zip(*(vars(part).values() for part in parts), strict=True)
+            )
+        )
+        advantage = self.advantages(self._gather(self.rollout.rewards), self._gather(prompt))
+        weight, self.weighing = self.objective.weigh(advantage)
+        self.weighing["advantage_std"] = advantage.std(correction=0).item()
+        self.advantage = weight[self.mine]
+
+    def _latents(self, prompt: Tensor, seeds: list[int]) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Samples of one batch, and the path and velocities where the objective needs them."""
+        rollout, velocity = self.config.rollout, self.policy.velocity
+        with self.policy.old() if self.objective.sampled_by_old else nullcontext():
+            if self.objective.noise_level:
+                level = self.objective.noise_level
+                path, along = sample_path(
+                    self.model, self.condition, prompt, seeds, self.sigmas, self.shape, level, velocity
+                )
+                return path[:, -1], path, along
             clean = sample(
                 self.model,
                 self.condition,
-                prompt[rows],
-                [seed_for(self.config.seed, "rollout", self.epoch, number) for number in numbers[rows]],
+                prompt,
+                seeds,
                 self.sigmas,
                 self.shape,
                 solver=rollout.solver,
                 guidance_scale=rollout.guidance_scale,
                 negative=self.negative,
                 batch_size=rollout.batch_size,
-                velocity=self.policy.velocity,
+                velocity=velocity,
             )
-            images = self.model.decode(clean, rollout.batch_size)
-            texts = [self.prompts[index] for index in prompt[rows].tolist()]
-            rewards = self.scorer(images, texts)
-            parts.append(Rollout(prompt[rows], clean, rewards, (images * 255).round().to(torch.uint8).cpu()))
-            progress("sampling", start + len(texts), len(prompt))
-        self.rollout = Rollout(
-            *(torch.cat([getattr(p, f) for p in parts]) for f in ("prompt", "clean", "rewards", "images"))
-        )
-        rewards, prompts = (self._gather(x) for x in (self.rollout.rewards, prompt))
-        advantage = self.advantages(rewards, prompts)
-        self.spread = advantage.std(correction=0).item()
-        clip = self.config.objective.clip
-        self.advantage = advantage.clamp(-clip, clip)[self.mine]
-        self.clip_rate = (advantage.abs() > clip).float().mean().item()
+        return clean, None, None
 
     def _rollout_metrics(self, rollout: Rollout) -> dict[str, float]:
         rewards, prompts = self._gather(rollout.rewards), self._gather(rollout.prompt)
@@ -152,75 +202,60 @@ class Trainer:
             "reward": rewards.mean().item(),
             "reward_std": rewards.std(correction=0).item(),
             "reward_std_within_prompt": (rewards - mean[group]).square().mean().sqrt().item(),
-            "advantage_std": self.spread,
-            "clip_rate": self.clip_rate,
             "learning_rate": self.scheduler.get_last_lr()[0],
+            **self.weighing,
         }
 
     # advantages -> loss -> LoRA
 
     def _update_pass(self, progress: Any) -> list[dict[str, Tensor]]:
-        """One pass over the samples, with fresh noise: references first, in large batches, then the updates."""
-        train, draws = self.config.train, self.config.train.sigmas_per_sample
-        sigma, noise = self._draw_noise()
-        reference = self._references(sigma, noise)
-        count = len(self.advantage)
-        order = torch.randperm(count, generator=generator_for(self.config.seed, "order", self.epoch, self.inner))
+        """One pass over the samples, with fresh noise: frozen velocities first, in large batches, then the updates."""
+        train = self.config.train
+        draws = self._draw()
+        self._freeze(draws)
+        order = torch.randperm(len(draws), generator=generator_for(self.config.seed, "order", self.epoch, self.inner))
         logs = []
         for update, rows in enumerate(order.tensor_split(self.updates_per_pass)):
             if update < self.update:  # resumed in the middle of a pass
                 continue
             self._check_stop()
-            micro = rows.split(-(-len(rows) // train.gradient_accumulation_steps))
-            for part in micro:
-                loss, metrics = self._loss(part, sigma, noise, reference, draws)
+            for part in rows.split(-(-len(rows) // train.gradient_accumulation_steps)):
+                batch = self._batch(draws, part)
+                velocity = self.policy.velocity(batch.noisy, batch.sigma, batch.condition)
+                loss, metrics = self.objective.loss(velocity, batch)
                 self.scaler.scale(loss * len(part) / len(rows)).backward()
             metrics["grad_norm"] = self._step()
             logs.append(metrics)
             self.update = update + 1
-            progress(
-                "training", self.inner * self.updates_per_pass + update + 1, train.inner_epochs * self.updates_per_pass
-            )
+            done = self.inner * self.updates_per_pass + update + 1
+            progress("training", done, train.inner_epochs * self.updates_per_pass)
         return logs
 
-    def _draw_noise(self) -> tuple[Tensor, Tensor]:
-        """sigma (B, draws) and noise (B, draws, C, h, w), the same whatever the batch size or number of processes."""
-        train, seed = self.config.train, self.config.seed
-        generator = generator_for(seed, "sigma", self.epoch, self.inner)
-        sigma = stratified_sigmas(self.samples, train.sigmas_per_sample, train.sigma_shift, generator)[self.mine]
-        names = [seed_for(seed, "noise", self.epoch, self.inner, number) for number in range(self.samples)[self.mine]]
-        return sigma, seeded_noise(names, (train.sigmas_per_sample, *self.shape))
+    def _draw(self) -> Draws:
+        train, numbers = self.config.train, range(self.samples)[self.mine]
+        names, count = (self.config.seed, self.epoch, self.inner), train.sigmas_per_sample
+        units = self.objective.units(self.advantage, self.config.rollout.samples_per_prompt)
+        if self.objective.noise_level:
+            return path_steps(units, numbers, self.sigmas, count, names)
+        return fresh_noise(units, numbers, self.samples, count, train.sigma_shift, self.shape, names)
 
     @torch.no_grad()
-    def _references(self, sigma: Tensor, noise: Tensor) -> Tensor:
-        """v_ref (B, draws, C, h, w) in the model's dtype, from passes as large as the rollout's."""
-        clean, prompt = self.rollout.clean, self.rollout.prompt
-        draws, device = sigma.shape[1], self.model.device
-        parts = []
-        with self.policy.reference():
-            for rows in torch.arange(len(clean)).split(max(1, self.config.rollout.batch_size // draws)):
-                noisy = add_noise(
-                    clean[rows].repeat_interleave(draws, 0), noise[rows].flatten(0, 1), sigma[rows].flatten()
-                )
-                condition = self.condition.select(prompt[rows].repeat_interleave(draws)).to(device)
-                v = self.policy.velocity(noisy.to(device), sigma[rows].flatten().to(device), condition)
-                parts.append(v.to(self.model.dtype).unflatten(0, (-1, draws)).cpu())
-        return torch.cat(parts)
+    def _freeze(self, draws: Draws) -> None:
+        """Velocities that no update changes, in the model's type, from passes as large as the rollout's."""
+        per_unit = draws.sigma.shape[1] * draws.units.shape[1]
+        weights = {"reference": self.policy.reference, "old": self.policy.old}
+        parts: dict[str, list[Tensor]] = {name: [] for name in self.objective.needs}
+        for rows in torch.arange(len(draws)).split(max(1, self.config.rollout.batch_size // per_unit)):
+            batch = self._batch(draws, rows)
+            for name in parts:
+                with weights[name]():
+                    v = self.policy.velocity(batch.noisy, batch.sigma, batch.condition)
+                parts[name].append(v.to(self.model.dtype).unflatten(0, (len(rows), -1)).cpu())
+        shape = (len(draws), draws.sigma.shape[1], draws.units.shape[1], *self.shape)
+        draws.frozen = {name: torch.cat(values).view(shape) for name, values in parts.items()}
 
-    def _loss(self, rows: Tensor, sigma: Tensor, noise: Tensor, reference: Tensor, draws: int):
-        device = self.model.device
-        clean = self.rollout.clean[rows].repeat_interleave(draws, 0).to(device)
-        noise, sigma = noise[rows].flatten(0, 1).to(device), sigma[rows].flatten().to(device)
-        batch = Batch(
-            advantage=self.advantage[rows].repeat_interleave(draws).to(device),
-            sigma=sigma,
-            noisy=add_noise(clean, noise, sigma),
-            target=velocity_target(clean, noise),
-            reference=reference[rows].flatten(0, 1).to(device),
-            condition=self.condition.select(self.rollout.prompt[rows].repeat_interleave(draws)).to(device),
-        )
-        velocity = self.policy.velocity(batch.noisy, batch.sigma, batch.condition)
-        return self.config.objective.loss(velocity, batch)
+    def _batch(self, draws: Draws, rows: Tensor):
+        return draws.batch(rows, self.rollout, self.advantage, self.condition, self.model.device)
 
     def _step(self) -> Tensor:
         """One optimiser step on the mean gradient of all processes, clipped; returns its norm before clipping."""
@@ -250,12 +285,11 @@ class Trainer:
     def state_dict(self) -> dict[str, Any]:
         rollout = None
         if self.rollout is not None:
-            rollout = {"prompt": self.rollout.prompt, "clean": self.rollout.clean, "rewards": self.rollout.rewards}
-            rollout |= {"images": self.rollout.images, "advantage": self.advantage}
-            rollout |= {"spread": self.spread, "clip_rate": self.clip_rate}
+            rollout = {**vars(self.rollout), "advantage": self.advantage, "weighing": self.weighing}
         return {
             "progress": {"epoch": self.epoch, "inner": self.inner, "update": self.update},
             "lora": self.policy.state_dict(),
+            "old": self.policy.old_state(),
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),
             "scaler": self.scaler.state_dict(),
@@ -265,12 +299,13 @@ class Trainer:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.policy.load_state_dict(state["lora"])
+        self.policy.load_old_state(state["old"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
         self.scaler.load_state_dict(state["scaler"])
         self.advantages.load_state_dict(state["advantages"])
         self.epoch, self.inner, self.update = (state["progress"][name] for name in ("epoch", "inner", "update"))
         if state["rollout"] is not None:
-            saved = state["rollout"]
-            self.rollout = Rollout(saved["prompt"], saved["clean"], saved["rewards"], saved["images"])
-            self.advantage, self.spread, self.clip_rate = saved["advantage"], saved["spread"], saved["clip_rate"]
+            saved = dict(state["rollout"])
+            self.advantage, self.weighing = saved.pop("advantage"), saved.pop("weighing")
+            self.rollout = Rollout(**saved)

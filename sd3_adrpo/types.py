@@ -49,15 +49,23 @@ class Rollout:
     clean: Tensor  # (B, C, h, w) sampled latents
     rewards: Tensor  # (B,) float32, CPU
     images: Tensor | None = None  # (B, 3, H, W) uint8, CPU; only where somebody looks at them
+    path: Tensor | None = None  # (B, S + 1, C, h, w) every state of the stochastic sampler, noise first
+    velocity: Tensor | None = None  # (B, S, C, h, w) along the path, of the policy that sampled
 
 
 @dataclass(frozen=True)
 class Batch:
-    """What an objective's loss sees: noise draws, each with its sample's advantage. B counts draws."""
+    """What an objective's loss sees: noise draws, each with its sample's advantage. B counts draws.
 
-    advantage: Tensor  # (B,) clipped
+    Samples that are judged together (`Objective.members`) are neighbours at the same noise and sigma.
+    """
+
+    advantage: Tensor  # (B,) as the objective weighs it
     sigma: Tensor  # (B,)
     noisy: Tensor  # (B, C, h, w)
     target: Tensor  # (B, C, h, w) u = noise - clean
-    reference: Tensor  # (B, C, h, w) v_ref at the same noisy and sigma, no gradient
+    reference: Tensor | None  # (B, C, h, w) v_ref at the same noisy and sigma, no gradient
     condition: Condition
+    old: Tensor | None = None  # (B, C, h, w) velocity of the averaged policy, or of the one that sampled the path
+    next_noisy: Tensor | None = None  # (B, C, h, w) where the path went from noisy
+    next_sigma: Tensor | None = None  # (B,)

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -88,6 +89,42 @@ def test_resume_is_bit_exact(tmp_path, few_prompts, monkeypatch, updates):
     assert first["after"] == second["after"]
 
 
+@pytest.mark.parametrize("objective", ["orw_cfm_w2", "raft", "dpo", "flow_grpo", "diffusion_nft", "awm"])
+def test_every_objective_resumes_bit_exactly(tmp_path, few_prompts, monkeypatch, objective):
+    """Paths, averaged weights and pairs are part of the state."""
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    options = ["--prompts", few_prompts, "--objective", objective]
+    run(*options, "--output_dir", str(whole))
+    step, done = Trainer._step, []
+
+    def interrupted(self):
+        done.append(1)
+        result = step(self)
+        self.stopped = len(done) == 3
+        return result
+
+    monkeypatch.setattr(Trainer, "_step", interrupted)
+    with pytest.raises(SystemExit):
+        run(*options, "--output_dir", str(parts))
+    monkeypatch.setattr(Trainer, "_step", step)
+    run(*options, "--resume_from_checkpoint", str(parts))
+    assert equal(lora_of(whole), lora_of(parts))
+    assert any(value.abs().max() > 0 for name, value in lora_of(whole).items() if "lora_B" in name)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--objective", "dpo", "--rollout.samples_per_prompt", "1"], "must be at least 2"),
+        (["--objective", "flow_grpo", "--rollout.solver", "heun"], "leave out rollout.guidance_scale"),
+        (["--objective", "flow_grpo", "--train.sigmas_per_sample", "3"], "raise rollout.num_inference_steps"),
+    ],
+)
+def test_objectives_refuse_what_they_cannot_use(tmp_path, few_prompts, options, message):
+    with pytest.raises(UserError, match=message):
+        run("--prompts", few_prompts, "--output_dir", str(tmp_path / "run"), *options)
+
+
 def test_batch_sizes_do_not_change_the_images(tmp_path, few_prompts):
     config = cli.parse([*SMALL, "--prompts", few_prompts, "--output_dir", str(tmp_path / "a")])
     one = Run(config, plan.check(config))
@@ -157,7 +194,7 @@ def test_sigterm_saves(tmp_path, few_prompts):
         [*command, "--epochs", "500"], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     )
     while process.poll() is None and not (folder / "checkpoints" / "epoch-0001").exists():
-        pass
+        time.sleep(0.1)
     os.kill(process.pid, signal.SIGTERM)
     output = process.communicate(timeout=60)[0].decode()
     assert process.returncode == 130, output

@@ -5,13 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from torch import Tensor
 
+from ..objective import Objective, clipped, common_metrics, detached, squared
 from ..types import Batch
 
 
 @dataclass
-class Adrpo:
+class Adrpo(Objective):
     """Velocity loss that pulls towards good samples, pushes away from bad ones, and holds on tighter where A is low:
 
         loss_i = A_i |v - u|^2 + (beta0 - A_i) |v - v_ref|^2          means over C, h, w
@@ -22,40 +24,57 @@ class Adrpo:
     within [0, 2 beta0]; the paper reports under 0.4 % between clip ranges of 0.5, 1 and 2.
 
     Our departure from the paper: advantages are normalised over the batch by default (`advantage`), where the paper
-    subtracts the mean of the prompt's own samples; `group` and `group_std` do that.
+    subtracts the mean of the prompt's own samples; `group` and `group_std` do that. `penalty` and `positive_only` are
+    for ablations: a fixed beta0 |v - v_ref|^2 (curvature A + beta0 instead of beta0) or none (curvature A).
     """
 
     name: Literal["adrpo"] = "adrpo"
-    beta0: float = 1.0
-    clip_range: float = 1.0  # in units of beta0
-    advantage: Literal["batch", "group", "group_std", "running"] = "batch"
+    beta0: float = 1.0  # weight of the penalty at A = 0
+    clip_range: float = 1.0  # bound of the advantages, in units of beta0
+    advantage: Literal["batch", "group", "group_std", "running", "critic"] = "batch"  # see docs/objectives.md
+    penalty: Literal["adaptive", "fixed", "none"] = "adaptive"  # beta0 - A, beta0 or 0 times |v - v_ref|^2
+    positive_only: bool = False  # negative advantages become 0
+    refresh_epochs: int = 0  # the penalty's reference becomes the policy every so many epochs; 0: stays the base
+    norm_guard: float = 0.0  # weight of NormGuard's hinge (arXiv 2606.27771) on |v| above |v_ref|
 
     def __post_init__(self) -> None:
         if not self.beta0 > 0:
             raise ValueError(f"objective.beta0 is {self.beta0}; it must be positive (the paper uses 1 for images)")
         if not self.clip_range > 0:
             raise ValueError(f"objective.clip_range is {self.clip_range}; it must be positive (in units of beta0)")
+        if self.refresh_epochs < 0 or self.norm_guard < 0:
+            raise ValueError("objective.refresh_epochs and objective.norm_guard cannot be negative; 0 turns them off")
 
     @property
-    def clip(self) -> float:
-        """Bound c of the advantages."""
-        return self.clip_range * self.beta0
+    def needs(self) -> tuple[str, ...]:
+        return ("reference", "old") if self.refresh_epochs else ("reference",)
+
+    def weigh(self, advantage: Tensor) -> tuple[Tensor, dict[str, float]]:
+        weight, metrics = clipped(advantage, self.clip_range * self.beta0)
+        return weight.clamp(min=0) if self.positive_only else weight, metrics
+
+    def old_decay(self, epoch: int, updates: int) -> float | None:
+        return 0.0 if self.refresh_epochs and epoch % self.refresh_epochs == 0 else None
 
     def loss(self, velocity: Tensor, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """Mean loss and detached metrics. `velocity` (B, C, h, w) is the policy's at `batch.noisy`, `batch.sigma`."""
-        velocity, reference, target = velocity.float(), batch.reference.float(), batch.target.float()
-        fm = (velocity - target).square().flatten(1).mean(1)  # (B,)
-        w2 = (velocity - reference).square().flatten(1).mean(1)  # (B,)
-        penalty = self.beta0 - batch.advantage
+        velocity, target = velocity.float(), batch.target.float()
+        anchor = (batch.old if self.refresh_epochs else batch.reference).float()
+        fm, w2 = squared(velocity, target), squared(velocity, anchor)
+        penalty = {
+            "adaptive": self.beta0 - batch.advantage,
+            "fixed": torch.full_like(w2, self.beta0),
+            "none": torch.zeros_like(w2),
+        }[self.penalty]
         loss = (batch.advantage * fm + penalty * w2).mean()
-        metrics = {
-            "loss": loss,
-            "fm": fm.mean(),
-            "w2": w2.mean(),
-            "fm_term": (batch.advantage * fm).mean(),
-            "w2_term": (penalty * w2).mean(),
-            "effective_beta": penalty.mean(),
-            "negative_beta_rate": (penalty < 0).float().mean(),
-            "velocity_norm_ratio": velocity.flatten(1).norm(dim=1).mean() / reference.flatten(1).norm(dim=1).mean(),
-        }
-        return loss, {name: value.detach() for name, value in metrics.items()}
+        if self.norm_guard:
+            growth = velocity.flatten(1).norm(dim=1) / batch.reference.float().flatten(1).norm(dim=1)
+            loss = loss + self.norm_guard * (growth - 1).clamp(min=0).square().mean()
+        return loss, detached(
+            loss=loss,
+            fm=fm.mean(),
+            fm_term=(batch.advantage * fm).mean(),
+            w2_term=(penalty * w2).mean(),
+            effective_beta=penalty.mean(),
+            negative_beta_rate=(penalty < 0).float().mean(),
+            **common_metrics(velocity, batch),
+        )

@@ -56,7 +56,7 @@ def train(vae: AutoencoderKL, work_dir: Path, seed: int, steps: int = 3200, batc
     fit("autoencoder", vae, loss, steps=steps, learning_rate=2e-3, work_dir=work_dir, seed=seed)
 
 
-def refine_decoder(vae: AutoencoderKL, work_dir: Path, seed: int, steps: int = 2000, batch: int = 32) -> None:
+def refine_decoder(vae: AutoencoderKL, work_dir: Path, seed: int, steps: int = 4000, batch: int = 32) -> None:
     """The decoder alone, on slightly wrong latents; the encoder, and with it the latent space, stays as it is."""
     vae.encoder.requires_grad_(False)
     scale = 1 / vae.config.scaling_factor

@@ -1,7 +1,8 @@
 """The built-in world's text encoders and transformer, pretrained together by flow matching on captioned latents.
 
-Half of the captions are wrong in one word, as captions from the web are. So the base draws sharp images, often of the
-wrong thing, and reinforcement learning has something true to correct.
+A third of the captions are wrong in one word, as captions from the web are. So the base draws sharp images, often of
+the wrong thing, and reinforcement learning has something true to correct. In its last part the model learns the guided
+velocity itself, so that it draws sharply without guidance, at one transformer call per step.
 """
 
 from __future__ import annotations
@@ -23,8 +24,10 @@ from .fit import fit
 from .grammar import Scene, one_word_wrong
 from .tokenizer import LENGTH, VOCABULARY
 
-WRONG_SHARE = 0.5
+WRONG_SHARE = 0.35
 DROPPED_SHARE = 0.1  # captions replaced by "", for guidance
+GUIDED_FROM = 12000  # step from which the model is its own guide
+GUIDANCE = 3.0
 WIDTH = 128  # of the transformer
 ZERO_TOKENS = 256  # diffusers' default max_sequence_length, and so the number of zeros in place of T5's tokens
 TEXT_WIDTH = 64  # of each text encoder
@@ -130,10 +133,15 @@ def train(
     ids: Tensor,
     work_dir: Path,
     seed: int,
-    steps: int = 14500,
+    steps: int = 20000,
     batch: int = 128,
 ) -> None:
-    """Flow matching with SD3's logit-normal sigmas (arXiv 2403.03206, section 3.1)."""
+    """Flow matching with SD3's logit-normal sigmas (arXiv 2403.03206, section 3.1), then model guidance.
+
+    Model guidance (arXiv 2502.12154) moves the target by w (v(x, c) - v(x, "")), no gradient. Where v(x, c) settles,
+    v = u + w (v - v_empty), that is v = v_empty + (u - v_empty) / (1 - w): guided by the scale 1 / (1 - w).
+    """
+    share = 1 - 1 / GUIDANCE
     empty = tokenizer("", padding="max_length", return_tensors="pt").input_ids
 
     def loss(step: int, generator: torch.Generator) -> Tensor:
@@ -142,11 +150,15 @@ def train(
         dropped = torch.rand(batch, 1, generator=generator) < DROPPED_SHARE
         noise = torch.randn(clean.shape, generator=generator)
         sigma = torch.randn(batch, generator=generator).sigmoid()
-        weight = sigma[:, None, None, None]
+        noisy, target = torch.lerp(clean, noise, sigma[:, None, None, None]), noise - clean
         # the fused attention's backward is slow at so few tokens on a CPU
         with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
-            velocity = model(torch.lerp(clean, noise, weight), sigma, torch.where(dropped, empty, ids[rows]))
-        return F.mse_loss(velocity.float(), noise - clean)
+            velocity = model(noisy, sigma, torch.where(dropped, empty, ids[rows])).float()
+            if step >= GUIDED_FROM:
+                with torch.no_grad():
+                    unguided = model(noisy, sigma, empty.expand(batch, -1)).float()
+                    target = target + share * (velocity - unguided) * ~dropped[:, :, None, None]
+        return F.mse_loss(velocity, target)
 
     fit(
         "flow_model",

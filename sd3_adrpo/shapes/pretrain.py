@@ -20,7 +20,7 @@ from . import WEIGHTS_DIR, autoencoder, clip, flow_model, tokenizer
 from .grammar import parse
 
 SHIFT = 2.0  # of the sigma grid; SD3's 3 is for 4,096 image tokens, here are 16
-IMAGES = 48_000  # drawn and encoded for the transformer
+IMAGES = 64_000  # drawn and encoded for the transformer
 
 
 def autoencoder_stage(work: Path, output: Path, seed: int) -> None:

@@ -1,0 +1,174 @@
+"""Objectives side by side, over seeds: `python eval/compare.py --objectives adrpo,orw_cfm_w2 --seeds 0,1,2`.
+
+Every member is a run of train_sd3.py in OUTPUT/members; options that compare.py does not know are passed on to all.
+`--sweep KEY=V1,V2` runs every value of any option, several `--sweep` every combination. What is finished is kept: the
+same command goes on where it stopped, and a member that fails does not cost the others. Writes compare.json, table.md
+and figures. `--quick` is a small version of everything.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from sd3_adrpo import cli, comparison
+from sd3_adrpo.errors import UserError
+
+ROOT = Path(__file__).resolve().parent.parent
+QUICK = """--rollout.prompts_per_epoch 32 --rollout.samples_per_prompt 8 --epochs 2 --train.inner_epochs 1
+    --eval.samples_per_prompt 2 --report_to none""".split()
+
+
+@dataclass(frozen=True)
+class Member:
+    label: str  # objective and swept values
+    seed: int
+    options: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        return f"{self.label.replace(' ', '_').replace('/', '-')}_seed{self.seed}"
+
+
+def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    parser = argparse.ArgumentParser(
+        prog="compare.py",
+        description=__doc__,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--objectives", default=",".join(cli.available("objective")), help="names with commas")
+    parser.add_argument("--seeds", default="0,1,2", help="numbers with commas")
+    parser.add_argument("--sweep", action="append", default=[], metavar="KEY=V1,V2", help="values of any option")
+    parser.add_argument("--output_dir", type=Path, default=Path("runs/compare"), help="goes on where it stopped")
+    parser.add_argument("--jobs", type=int, default=1, help="members at a time; they share the cores")
+    parser.add_argument("--quick", action="store_true", help="one seed of small runs, minutes in all")
+    args, options = parser.parse_known_args(argv)
+    if args.quick:
+        args.seeds, options = "0", [*QUICK, *options]
+    return args, options
+
+
+def members(args: argparse.Namespace, options: Sequence[str]) -> list[Member]:
+    """Seeds innermost last: the first seed of everything comes before the second of anything."""
+    sweeps = []
+    for sweep in args.sweep:
+        key, equals, values = sweep.partition("=")
+        if not equals or not values:
+            raise UserError(f"--sweep {sweep!r}: write it as KEY=VALUE,VALUE, such as objective.beta0=0.3,1,3")
+        sweeps.append([(key, value) for value in values.split(",")])
+    chosen = []
+    for seed in args.seeds.split(","):
+        for objective in args.objectives.split(","):
+            for combination in itertools.product(*sweeps):
+                label = " ".join([objective, *(f"{key.rpartition('.')[2]}={value}" for key, value in combination)])
+                swept = [f"--{key}={value}" for key, value in combination]
+                own = (f"--objective={objective}", f"--seed={seed}", "--evaluation_epochs=1", *options, *swept)
+                chosen.append(Member(label, int(seed), own))
+    for member in chosen:
+        cli.parse(member.options)  # exits with a message on a misspelt option, before hours of work
+    return chosen
+
+
+def run(member: Member, folder: Path, threads: int) -> str | None:
+    """Runs or resumes a member; what it says goes to its log. Returns None, or the last lines of a failure."""
+    target = folder / "members" / member.name
+    if (target / "summary.json").exists():
+        return None
+    command = [sys.executable, str(ROOT / "train_sd3.py"), *member.options]
+    if any(target.glob("checkpoints/*/state.pt")):
+        command += ["--resume_from_checkpoint", str(target)]
+    elif target.exists():
+        target.rename(target.with_name(f"{target.name}_broken_{int(time.time())}"))
+        command += ["--output_dir", str(target)]
+    else:
+        command += ["--output_dir", str(target)]
+    log = folder / "members" / f"{member.name}.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    with open(log, "a") as file:
+        status = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, env=environment).returncode
+    return None if status == 0 else f"exit {status}: " + " ".join(log.read_text()[-300:].split())
+
+
+def machine() -> str:
+    import torch
+
+    if torch.cuda.is_available():
+        return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
+    return f"{os.cpu_count()} CPU cores, {platform.machine()}"
+
+
+def collect(chosen: Sequence[Member], failures: dict[str, str], folder: Path, command: str) -> dict[str, Any]:
+    """compare.json of all members that are finished so far."""
+    finished = [member for member in chosen if (folder / "members" / member.name / "summary.json").exists()]
+    return {
+        "command": command,
+        "machine": machine(),
+        "date": time.strftime("%Y-%m-%d"),
+        "runs": [
+            {**comparison.record(folder / "members" / member.name, member.label), "options": member.options}
+            for member in finished
+        ],
+        "missing": [member.name for member in chosen if member not in finished],
+        "failures": failures,
+    }
+
+
+def ceilings() -> dict[str, dict[str, float]]:
+    """What the built-in world allows, as its own command measured it."""
+    path = ROOT / "docs" / "world.json"
+    known = json.loads(path.read_text())["rows"] if path.exists() else {}
+    return {name: known[name] for name in ("drawn", "guidance 3", "best of 16") if name in known}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else list(argv)
+    args, options = parse(argv)
+    try:
+        chosen = members(args, options)
+    except (UserError, ValueError) as error:
+        print(f"compare.py: error: {error}", file=sys.stderr)
+        return 2
+    folder, failures = args.output_dir, {}
+    threads = max(1, (os.cpu_count() or 1) // args.jobs)
+    command = shlex.join(["python", "eval/compare.py", *argv])
+
+    def work(member: Member) -> None:
+        failure = run(member, folder, threads)
+        if failure:
+            failures[member.name] = failure
+
+    with ThreadPoolExecutor(args.jobs) as pool:
+        for _ in tqdm(pool.map(work, chosen), total=len(chosen), desc="members", dynamic_ncols=True):
+            result = collect(chosen, failures, folder, command)
+            (folder / "compare.json").write_text(json.dumps(result, indent=2) + "\n")
+    for name, failure in failures.items():
+        print(f"{name} failed, its log is {folder / 'members' / name}.log: {failure}", file=sys.stderr)
+    if not result["runs"]:
+        return 1
+    text = comparison.table(result["runs"])
+    (folder / "table.md").write_text(f"`{command}`\n{result['machine']}, {result['date']}\n\n{text}")
+    built_in = all("--model" not in option for option in options)
+    pictures = comparison.figures(result["runs"], folder, ceilings() if built_in else None)
+    print(text)
+    print(f"{folder / 'compare.json'}, {folder / 'table.md'}; look at {', '.join(str(path) for path in pictures)}")
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,149 @@
+"""Finished runs side by side: one record per run, means over seeds with intervals, equal images and equal time."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from scipy import stats
+
+METRICS = ("reward", "accuracy", "clip_diversity", "free_diversity", "w2_drift")
+Record = dict[str, Any]
+
+
+def record(folder: Path, label: str) -> Record:
+    """What a comparison keeps of a finished run. `history` starts at the base and ends at the final weights."""
+    summary = json.loads((folder / "summary.json").read_text())
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    per_epoch = summary["images"] / summary["epochs"]
+    spent, points = 0.0, [{"images": 0, "seconds": 0.0, **summary["before"]}]
+    for row in rows:
+        if row["kind"] == "epoch":
+            spent += row["seconds"]
+        elif row["kind"] == "evaluation":
+            values = {name: row[name] for name in METRICS}
+            points.append({"images": int(row["epoch"] * per_epoch), "seconds": spent, **values})
+    points.append({"images": summary["images"], "seconds": spent, **summary["after"]})
+    kept = ("objective", "seed", "epochs", "images", "before", "after", "difference")
+    return {"label": label, **{name: summary[name] for name in kept}, "seconds": spent, "history": points}
+
+
+def mean_and_interval(values: Sequence[float | None]) -> tuple[float | None, float | None]:
+    """Mean and half-width of the 95 % interval by Student's t; None with under one, or under two values."""
+    known = [value for value in values if value is not None]
+    if not known:
+        return None, None
+    mean = math.fsum(known) / len(known)
+    if len(known) < 2:
+        return mean, None
+    spread = math.sqrt(math.fsum((value - mean) ** 2 for value in known) / (len(known) - 1))
+    return mean, float(stats.t.ppf(0.975, len(known) - 1)) * spread / math.sqrt(len(known))
+
+
+def at_seconds(run: Record, seconds: float) -> dict[str, float | None]:
+    """The run's metrics after so much training time, linear between its measurements; its last ones beyond them."""
+    points = run["history"]
+    for first, second in zip(points[:-1], points[1:], strict=True):
+        if first["seconds"] <= seconds < second["seconds"]:
+            share = (seconds - first["seconds"]) / (second["seconds"] - first["seconds"])
+            return {
+                name: None
+                if first[name] is None or second[name] is None
+                else _between(first[name], second[name], share)
+                for name in METRICS
+            }
+    return {name: points[-1][name] for name in METRICS}
+
+
+def _between(first: float, second: float, share: float) -> float:
+    return first + share * (second - first)
+
+
+def by_label(runs: Sequence[Record]) -> dict[str, list[Record]]:
+    groups: dict[str, list[Record]] = {}
+    for run in runs:
+        groups.setdefault(run["label"], []).append(run)
+    return groups
+
+
+def table(runs: Sequence[Record]) -> str:
+    """Markdown: the finals at equal images, then all at the time that the fastest run took."""
+    seconds = min(run["seconds"] for run in runs)
+    parts = [("Equal images", lambda run: run["after"])]
+    if len({run["label"] for run in runs}) > 1:
+        parts.append((f"Equal time: after {seconds:.0f} s of training", lambda run: at_seconds(run, seconds)))
+    return "\n".join(_table(runs, title, values) for title, values in parts)
+
+
+def _table(runs: Sequence[Record], title: str, values: Any) -> str:
+    heads = ["run", "seeds", *METRICS, "seconds"]
+    lines = [f"**{title}** (mean over seeds, ± 95 % interval)", "", "| " + " | ".join(heads) + " |"]
+    lines.append("|" + "---|" * len(heads))
+    first = runs[0]["before"]
+    lines.append(f"| base | | {' | '.join(_number(first[name], None) for name in METRICS)} | |")
+    for label, group in by_label(runs).items():
+        cells = [_number(*mean_and_interval([values(run)[name] for run in group])) for name in METRICS]
+        took = _number(*mean_and_interval([run["seconds"] for run in group]), digits=0)
+        lines.append(f"| {label} | {len(group)} | {' | '.join(cells)} | {took} |")
+    return "\n".join(lines) + "\n"
+
+
+def _number(mean: float | None, half: float | None, digits: int | None = None) -> str:
+    if mean is None:
+        return ""
+    digits = digits if digits is not None else 2 if abs(mean) >= 10 else 4 if abs(mean) < 0.1 else 3
+    return f"{mean:.{digits}f}" + (f" ± {half:.{digits}f}" if half is not None else "")
+
+
+def figures(runs: Sequence[Record], folder: Path, ceilings: dict[str, dict[str, float]] | None = None) -> list[Path]:
+    """Reward against diversity and drift, and accuracy and reward over images: measurements on the way faint, finals
+    starred. `ceilings`: name -> metrics of what the world allows."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    colours = {label: f"C{i % 10}" for i, label in enumerate(by_label(runs))}
+    plots = [(name, "reward") for name in ("clip_diversity", "free_diversity", "w2_drift")]
+    plots += [("images", "accuracy"), ("images", "reward")]
+    paths = []
+    for x, y in plots:
+        if all(run["after"].get(name) is None for run in runs for name in (x, y) if name != "images"):
+            continue
+        figure, axes = plt.subplots(figsize=(6.4, 4.8))
+        for run in runs:
+            _draw(axes, run, x, y, colours[run["label"]])
+        base = runs[0]["before"]
+        if x != "images" and base.get(x) is not None:
+            axes.plot(base[x], base[y], "k*", markersize=13, label="base", zorder=4)
+        _mark(axes, ceilings or {}, x, y)
+        axes.set_xlabel(x.replace("_", " "))
+        axes.set_ylabel(y)
+        handles, labels = axes.get_legend_handles_labels()
+        unique = dict(zip(labels, handles, strict=True))
+        axes.legend(unique.values(), unique.keys(), fontsize=8, frameon=False)
+        path = folder / f"{y}_against_{x}.png"
+        figure.tight_layout()
+        figure.savefig(path, dpi=110)
+        plt.close(figure)
+        paths.append(path)
+    return paths
+
+
+def _draw(axes: Any, run: Record, x: str, y: str, colour: str) -> None:
+    points = [(p[x], p[y]) for p in run["history"] if p[x] is not None and p[y] is not None]
+    if not points:
+        return
+    axes.plot(*zip(*points, strict=True), "-o", color=colour, alpha=0.3, markersize=3, linewidth=1)
+    axes.plot(*points[-1], "*", color=colour, markersize=13, label=run["label"])
+
+
+def _mark(axes: Any, ceilings: dict[str, dict[str, float]], x: str, y: str) -> None:
+    for name, values in ceilings.items():
+        if values.get(y) is None:
+            continue
+        axes.axhline(values[y], color="0.6", linewidth=0.8, linestyle=":")
+        axes.annotate(name, (1, values[y]), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=7)

@@ -1,0 +1,89 @@
+"""Where an update looks: the noise that each sample is trained at, and the frozen velocities there."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from .flow import add_noise, seeded_noise, stratified_sigmas, velocity_target
+from .seeds import generator_for, seed_for
+from .types import Batch, Condition, Rollout
+
+
+@dataclass
+class Draws:
+    """D draws for each of U units; a unit is `members` samples that share sigma and noise. Rows are local."""
+
+    units: Tensor  # (U, members) rows of the rollout
+    sigma: Tensor  # (U, D)
+    noise: Tensor | None  # (U, D, C, h, w)
+    step: Tensor | None = None  # (U, D) of the rollout's path, where the objective trains on its steps
+    next_sigma: Tensor | None = None  # (U, D)
+    frozen: dict[str, Tensor] = field(default_factory=dict)  # name -> velocities (U, D, members, C, h, w)
+
+    def __len__(self) -> int:
+        return len(self.units)
+
+    def batch(
+        self, rows: Tensor, rollout: Rollout, advantage: Tensor, condition: Condition, device: torch.device
+    ) -> Batch:
+        """All draws of the units `rows`, by unit, draw and member."""
+        draws, members = self.sigma.shape[1], self.units.shape[1]
+        samples = self.units[rows].repeat_interleave(draws, dim=0).flatten()  # (B,)
+
+        def spread(values: Tensor) -> Tensor:  # (U, D, ...) -> (B, ...)
+            return values[rows].flatten(0, 1).repeat_interleave(members, dim=0).to(device)
+
+        clean, sigma = rollout.clean[samples].to(device), spread(self.sigma)
+        more = {name: values[rows].flatten(0, 2).to(device) for name, values in self.frozen.items()}
+        if self.step is None:
+            noise = spread(self.noise)
+            noisy, target = add_noise(clean, noise, sigma), velocity_target(clean, noise)
+        else:
+            step = self.step[rows].flatten().repeat_interleave(members)
+            noisy = rollout.path[samples, step].to(device)
+            target = velocity_target(clean, rollout.path[samples, 0].to(device))
+            more["next_noisy"] = rollout.path[samples, step + 1].to(device)
+            more["next_sigma"] = spread(self.next_sigma)
+            more["old"] = rollout.velocity[samples, step].to(device)
+        return Batch(
+            advantage=advantage[samples].to(device),
+            sigma=sigma,
+            noisy=noisy,
+            target=target,
+            condition=condition.select(rollout.prompt[samples]).to(device),
+            **{"reference": None, **more},
+        )
+
+
+def fresh_noise(
+    units: Tensor, numbers: range, samples: int, draws: int, shift: float, shape: tuple[int, ...], names: tuple
+) -> Draws:
+    """Sigmas and noise by the global number of a unit's first sample: batch sizes and processes cannot change them.
+
+    `numbers` are those of the local rows among all `samples`; `names` name the draw (seeds.py).
+    """
+    first = units[:, 0] + numbers.start
+    sigma = stratified_sigmas(samples, draws, shift, generator_for(*_named("sigma", names)))[first]
+    seeds = [seed_for(*_named("noise", names), number) for number in first.tolist()]
+    return Draws(units, sigma, seeded_noise(seeds, (draws, *shape)))
+
+
+def path_steps(units: Tensor, numbers: range, sigmas: Tensor, draws: int, names: tuple) -> Draws:
+    """For each unit `draws` different steps of its path, never the last, which has no noise."""
+    steps = len(sigmas) - 2
+    if draws > steps:
+        raise ValueError(f"train.sigmas_per_sample is {draws}, but the path has {steps} steps with noise to train on")
+    chosen = [
+        torch.randperm(steps, generator=generator_for(*_named("sigma", names), number))[:draws]
+        for number in (units[:, 0] + numbers.start).tolist()
+    ]
+    step = torch.stack(chosen)
+    return Draws(units, sigmas[step], None, step, sigmas[step + 1])
+
+
+def _named(kind: str, names: tuple) -> tuple:
+    """(seed, epoch, inner) -> (seed, kind, epoch, inner)."""
+    return (names[0], kind, *names[1:])

@@ -1,0 +1,65 @@
+"""What the trainer asks of an objective. A new one overrides what differs from this, and writes its loss."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from .types import Batch
+
+
+class Objective:
+    """A loss on velocities at noised samples, with the choice of samples and weights before it; no loop, no model.
+
+    Dataclasses derive from it, with a `name` and an `advantage` (a kind of advantages.py) among their fields.
+    """
+
+    name: str
+    advantage: str
+    needs: ClassVar[tuple[str, ...]] = ("reference",)  # velocities without gradient in the batch: reference, old
+    members: ClassVar[int] = 1  # samples that are judged together at the same noise: 2 for pairs
+    sampled_by_old: ClassVar[bool] = False  # rollouts by the averaged weights
+    noise_level: float = 0.0  # of the sampler (flow.sde_step); 0 is the ODE, which keeps no path
+
+    def weigh(self, advantage: Tensor) -> tuple[Tensor, dict[str, float]]:
+        """What the loss sees of advantages (B,) of the whole global batch, and metrics of the epoch."""
+        return advantage, {}
+
+    def units(self, advantage: Tensor, group: int) -> Tensor:
+        """(U, members) rows to train on, of advantages (B,) whose `group` consecutive rows share a prompt."""
+        return torch.arange(len(advantage))[:, None]
+
+    def units_per_group(self, group: int) -> int:
+        return group
+
+    def old_decay(self, epoch: int, updates: int) -> float | None:
+        """After an epoch, old = decay old + (1 - decay) policy; None leaves the old weights. Counts are those done."""
+        return None
+
+    def loss(self, velocity: Tensor, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Mean loss and detached metrics. `velocity` (B, C, h, w) is the policy's at `batch.noisy`, `batch.sigma`."""
+        raise NotImplementedError
+
+
+def squared(first: Tensor, second: Tensor) -> Tensor:
+    """|first - second|^2 as a mean over all but the batch: (B,)."""
+    return (first - second).square().flatten(1).mean(1)
+
+
+def clipped(advantage: Tensor, bound: float) -> tuple[Tensor, dict[str, float]]:
+    return advantage.clamp(-bound, bound), {"clip_rate": (advantage.abs() > bound).float().mean().item()}
+
+
+def common_metrics(velocity: Tensor, batch: Batch) -> dict[str, Tensor]:
+    """Drift from the base and growth of the velocity, where the objective computes the base's velocity."""
+    if batch.reference is None:
+        return {}
+    reference = batch.reference.float()
+    norm = velocity.flatten(1).norm(dim=1).mean() / reference.flatten(1).norm(dim=1).mean()
+    return {"w2": squared(velocity, reference).mean(), "velocity_norm_ratio": norm}
+
+
+def detached(**metrics: Tensor) -> dict[str, Tensor]:
+    return {name: value.detach() for name, value in metrics.items()}
