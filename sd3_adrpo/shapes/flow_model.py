@@ -1,6 +1,6 @@
 """The built-in world's text encoders and transformer, pretrained together by flow matching on captioned latents.
 
-A third of the captions are wrong in one word, as captions from the web are. So the base draws sharp images, often of
+Half of the captions are wrong in one word, as captions from the web are. So the base draws sharp images, often of
 the wrong thing, and reinforcement learning has something true to correct. In its last part the model learns the guided
 velocity itself, so that it draws sharply without guidance, at one transformer call per step.
 """
@@ -24,10 +24,10 @@ from .fit import fit
 from .grammar import Scene, one_word_wrong
 from .tokenizer import LENGTH, VOCABULARY
 
-WRONG_SHARE = 0.35
+WRONG_SHARE = 0.5
 DROPPED_SHARE = 0.1  # captions replaced by "", for guidance
 GUIDED_FROM = 12000  # step from which the model is its own guide
-GUIDANCE = 3.0
+GUIDANCE = 2.0
 WIDTH = 128  # of the transformer
 ZERO_TOKENS = 256  # diffusers' default max_sequence_length, and so the number of zeros in place of T5's tokens
 TEXT_WIDTH = 64  # of each text encoder
