@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 
 WEIGHTS = (0.0, 1.5)  # allowed strengths of a LoRA: none, and half as much again as was trained
 STRIP = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
-SHOWN = 256  # pixels of an image's longer side up to which the sheet shows it in full
 OPTIONS = {  # ours -> the option of a training run that it sets
     "model": ("model", "M", '"shapes" (built in), a hub id or a local folder'),
     "config": ("config", "FILE", "YAML file of a run, or a preset's name"),
@@ -138,7 +137,7 @@ def save(images: Tensor, prompts: Sequence[Prompt], seeds: Sequence[int], args: 
     else:
         rows = [text + (f"  (LoRA, weight {args.weight:g})" if args.weight not in (None, 1) else "") for text in texts]
         figures.grid(images.flatten(0, 2), len(seeds), path, rows, [f"seed {seed}" for seed in seeds])
-    if max(images.shape[-2:]) > SHOWN:
+    if max(images.shape[-2:]) > figures.CELL[1]:  # the sheet has it reduced
         folder = path.with_suffix("")
         folder.mkdir(parents=True, exist_ok=True)
         for row, of_prompt in enumerate(images):
