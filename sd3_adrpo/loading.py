@@ -34,9 +34,13 @@ def run_of(source: str | Path) -> Path | None:
 def load_model(config: Config) -> SD3:
     """The base as the options say, on the GPU where there is one. UserError where it is not there or not that size."""
     import torch
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
 
     from .models.sd3 import SD3
 
+    diffusers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[config.train.mixed_precision]
     model = SD3.load(config.model, dtype, device, config.rollout.max_sequence_length)

@@ -101,6 +101,7 @@ def draw(
     The text encoders are dropped on the way.
     """
     import torch
+    from tqdm import tqdm
 
     from .evaluation import encode_prompts
     from .loading import ADAPTER
@@ -115,11 +116,13 @@ def draw(
     index = torch.arange(len(prompts)).repeat_interleave(len(seeds))
     options = {"guidance_scale": evaluation.guidance_scale, "negative": negative, "batch_size": evaluation.batch_size}
     columns = []
-    for weight in weights:
-        if weight is not None:
-            model.pipeline.set_adapters(ADAPTER, weight)
-        clean = sample(model, condition, index, list(seeds) * len(prompts), sigmas, shape, **options)
-        columns.append(quantise(model.decode(clean, evaluation.batch_size)).cpu())
+    with tqdm(total=len(index) * len(weights), unit="img", dynamic_ncols=True) as bar:
+        for weight in weights:
+            if weight is not None:
+                model.pipeline.set_adapters(ADAPTER, weight)
+            noise_seeds = list(seeds) * len(prompts)
+            clean = sample(model, condition, index, noise_seeds, sigmas, shape, progress=bar.update, **options)
+            columns.append(quantise(model.decode(clean, evaluation.batch_size)).cpu())
     return torch.stack(columns, dim=1).unflatten(0, (len(prompts), len(seeds)))
 
 
