@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import tiny
@@ -230,6 +231,9 @@ def run(lora_of_tiny, tiny_sd35):
     return folder
 
 
+FORBIDDEN = SimpleNamespace(status_code=403, headers={}, request=None)  # of an answer, what is looked at
+
+
 class Hub:
     """Stands in for HfApi: keeps what would be uploaded."""
 
@@ -264,6 +268,8 @@ def test_push_sends_weights_card_and_picture(run, monkeypatch):
         (hub_errors.LocalTokenNotFoundError("no token"), "not logged in"),
         (hub_errors.HFValidationError("bad name"), "no name of a repository"),
         (hub_errors.OfflineModeIsEnabled("offline"), "cannot be reached"),
+        (hub_errors.HTTPError("no route"), "cannot be reached"),
+        (hub_errors.HfHubHTTPError("Forbidden", response=FORBIDDEN), "refused me/mine: run `hf auth login`.*Forbidden"),
     ],
 )
 def test_push_explains_failures(run, monkeypatch, error, message):

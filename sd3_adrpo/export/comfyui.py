@@ -95,13 +95,13 @@ def _join(parts: Mapping[int, tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     [dW_k] = [ 0  B_k  0 ] [A_k]
     [dW_v]   [ 0   0  B_v] [A_v]
     """
-    rows = len(next(iter(parts.values()))[1])
-    blocks = torch.block_diag(*(up for _, (_, up) in sorted(parts.items())))
-    rank, joint = blocks.shape[1], torch.zeros(3 * rows, blocks.shape[1], dtype=blocks.dtype)
-    for place, row in enumerate(sorted(parts)):
-        joint[row * rows : (row + 1) * rows] = blocks[place * rows : (place + 1) * rows]
-    assert rank == sum(len(down) for down, _ in parts.values())
-    return torch.cat([down for _, (down, _) in sorted(parts.items())]), joint
+    downs, ups = [], []
+    for row, (down, up) in sorted(parts.items()):
+        column = up.new_zeros(3, *up.shape)
+        column[row] = up
+        downs.append(down)
+        ups.append(column.flatten(0, 1))
+    return torch.cat(downs), torch.cat(ups, dim=1)
 
 
 def save_comfyui(lora: str | Path, file: str | Path) -> Path:

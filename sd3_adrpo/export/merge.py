@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 from diffusers import SD3Transformer2DModel
+from torch import nn
 
 from ..errors import UserError
 from ..loading import find_lora, run_of
@@ -52,7 +53,8 @@ def merge_lora(lora: str | Path, model: str, folder: str | Path, dtype: torch.dt
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as partial:
         made = Path(partial) / "pipeline"
         shutil.copytree(base, made, ignore=_not_of_the_pipeline(base))
-        transformer.to(dtype).save_pretrained(made / "transformer")
+        nn.Module.to(transformer, dtype)  # diffusers' own `to` warns of an empty list
+        transformer.save_pretrained(made / "transformer")
         name = (run_of(lora) or find_lora(lora)).name
         text = CARD.format(model=model, lora=name, dtype=str(dtype).removeprefix("torch."))
         (made / "README.md").write_text(text, encoding="utf-8")
