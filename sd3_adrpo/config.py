@@ -17,9 +17,9 @@ from .rewards.clip import ClipReward
 class RolloutConfig:
     """Sampling of an epoch's images: `prompts_per_epoch * samples_per_prompt` of them, over all processes."""
 
-    prompts_per_epoch: int = 48  # not in the paper
-    samples_per_prompt: int = 8  # not in the paper
-    num_inference_steps: int = 10  # ODE steps, not in the paper
+    prompts_per_epoch: int = 48  # taken in turn from the shuffled file; not in the paper
+    samples_per_prompt: int = 8  # images of each; not in the paper
+    num_inference_steps: int = 10  # ODE steps; not in the paper
     solver: Literal["euler", "heun", "midpoint"] = "euler"  # of the ODE; heun and midpoint cost twice the time
     guidance_scale: float = 1.0  # 1: no guidance and no second forward pass
     batch_size: int = 16  # images per forward pass; does not change the images
@@ -44,7 +44,7 @@ class TrainConfig:
     adam_weight_decay: float = 1e-4  # per update, times the learning rate; of the LoRA's weights
     adam_epsilon: float = 1e-8  # added to the root of the mean square
     max_grad_norm: float = 1.0  # a longer gradient is scaled down to this norm
-    lr_scheduler: str = "constant"  # any of diffusers.optimization.get_scheduler
+    lr_scheduler: str = "constant"  # name of a schedule in diffusers.optimization.get_scheduler
     lr_warmup_steps: int = 0  # updates over which the learning rate rises from 0
     mixed_precision: Literal["no", "fp16", "bf16"] = "bf16"  # type of the frozen model; no: fp32. The LoRA is fp32
     gradient_checkpointing: bool = False  # less memory for activations, about a third more time

@@ -28,7 +28,7 @@ class Adrpo:
     name: Literal["adrpo"] = "adrpo"  # of the objective
     beta0: float = 1.0  # weight of the pull to the base at advantage 0; larger holds on tighter
     clip_range: float = 1.0  # bound of the advantages, in units of beta0
-    # what a reward is measured against: the batch, the prompt's other images (group, group_std) or its past (running)
+    # a reward is measured against all of the batch, its prompt's (group, group_std) or its prompt's past (running)
     advantage: Literal["batch", "group", "group_std", "running"] = "batch"
 
     def __post_init__(self) -> None:
