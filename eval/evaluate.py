@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
 import sys
 import time
 from collections.abc import Sequence
@@ -18,6 +17,7 @@ from typing import Any
 from sd3_adrpo import cli, plan
 from sd3_adrpo.config import Config
 from sd3_adrpo.errors import UserError
+from sd3_adrpo.loading import run_of
 from sd3_adrpo.prompts import Prompt, PromptFileError, file_hash, read_prompts
 
 OPTIONS = {  # ours -> the option of a training run that it sets
@@ -41,7 +41,7 @@ RESULT = "evaluation.json"
 def parse(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, Config]:
     """Exits with 2 on anything unknown or ill-typed."""
     parser = argparse.ArgumentParser(prog="evaluate.py", description=__doc__, allow_abbrev=False)
-    parser.add_argument("--lora", type=Path, help="folder or file as a run exports it; none: the base alone")
+    parser.add_argument("--lora", type=Path, help="folder of a run or of its LoRA, or a file; none: the base alone")
     parser.add_argument(
         "--prompts", help="prompt file, all of which is used; none: the test prompts of the run or model"
     )
@@ -54,10 +54,8 @@ def parse(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, Config
         parser.error(f"unknown option {unknown[0]}{cli.nearest(unknown[0].lstrip('-'), names, '--')}")
     given = {target: getattr(args, name) for name, (target, _) in OPTIONS.items() if getattr(args, name) is not None}
     if args.lora and "config" not in given:
-        folder = args.lora if args.lora.is_dir() else args.lora.parent
-        run = folder.resolve().parent / "config.yaml"
-        if run.is_file():
-            given["config"] = str(run)
+        if run := run_of(args.lora):
+            given["config"] = str(run / "config.yaml")
     return args, cli.parse([f"--{name}={value}" for name, value in given.items()])
 
 
@@ -66,7 +64,7 @@ def choose_prompts(config: Config, file: str | None) -> tuple[list[Prompt], dict
     if file is None:
         _, test, description = plan.resolve_prompts(config)
         return test, description["test"]
-    path = plan._find(file)
+    path = plan.find_prompts(file)
     prompts = read_prompts(path)
     return prompts, {"file": str(path), "part": "all", "sha256": file_hash(path), "prompts": len(prompts)}
 
@@ -91,28 +89,16 @@ def run(args: argparse.Namespace, config: Config) -> Path:
         f"{len(prompts)} prompts of {description['file']} ({description['part']}), loading {config.model}", flush=True
     )
     # what follows loads for seconds: what can be wrong before it has been checked
-    import torch
     from tqdm import tqdm
 
     from sd3_adrpo import evaluation
-    from sd3_adrpo.export import check_lora
-    from sd3_adrpo.models.sd3 import SD3
+    from sd3_adrpo.loading import load_lora, load_model
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[config.train.mixed_precision]
-    rollout, policy = config.rollout, None
-    model = SD3.load(config.model, dtype, device, rollout.max_sequence_length)
-    try:
-        model.latent_shape(rollout.height, rollout.width)
-    except ValueError as error:
-        raise UserError(str(error)) from error
-    path = check_lora(args.lora, model.transformer) if args.lora else None
-    scorer = config.reward.load(device)
+    rollout, model = config.rollout, load_model(config)
+    path = load_lora(model, args.lora) if args.lora else None
+    policy = evaluation.LoadedLora(model) if path else None
+    scorer = config.reward.load(model.device)
     condition, negative = evaluation.encode_prompts(model, prompts, config.eval.guidance_scale)
-    if path:
-        logging.getLogger("diffusers.loaders.lora_base").setLevel("ERROR")  # it warns of text encoders without a LoRA
-        model.pipeline.load_lora_weights(str(path.parent), weight_name=path.name)
-        policy = evaluation.LoadedLora(model)
     model.drop_text_encoders()
 
     def progress(phase: str) -> evaluation.Progress:

@@ -18,14 +18,14 @@ from .rewards.clip import ClipReward
 class RolloutConfig:
     """Sampling of an epoch's images: `prompts_per_epoch * samples_per_prompt` of them, over all processes."""
 
-    prompts_per_epoch: int = 48  # not in the paper
-    samples_per_prompt: int = 8  # not in the paper
-    num_inference_steps: int = 10  # ODE steps, not in the paper
-    solver: Literal["euler", "heun", "midpoint"] = "euler"
+    prompts_per_epoch: int = 48  # taken in turn from the shuffled file; not in the paper
+    samples_per_prompt: int = 8  # images of each; not in the paper
+    num_inference_steps: int = 10  # ODE steps; not in the paper
+    solver: Literal["euler", "heun", "midpoint"] = "euler"  # of the ODE; heun and midpoint cost twice the time
     guidance_scale: float = 1.0  # 1: no guidance and no second forward pass
     batch_size: int = 16  # images per forward pass; does not change the images
-    height: int = 512
-    width: int = 512
+    height: int = 512  # pixels; a multiple of 16 for SD3 and SD3.5
+    width: int = 512  # pixels, likewise
     max_sequence_length: int = 128  # T5 tokens; policy, reference and evaluation all use it
     shift: float | None = None  # of the sigma grid; None: the model's own
 
@@ -35,26 +35,28 @@ class TrainConfig:
     """The updates of an epoch."""
 
     batch_size: int = 16  # samples per forward pass, each with `sigmas_per_sample` noise draws
-    gradient_accumulation_steps: int = 4
+    gradient_accumulation_steps: int = 4  # batches per update
     sigmas_per_sample: int = 3  # noise draws per sample and inner epoch, folded into the batch; not in the paper
     inner_epochs: int = 1  # passes over the epoch's samples, each with fresh noise; not in the paper
     sigma_shift: float = 3.0  # training sigmas: stratified uniform, then shifted as SD3's grid; not in the paper
-    learning_rate: float = 3e-4
-    adam_beta1: float = 0.9
-    adam_beta2: float = 0.999
-    adam_weight_decay: float = 1e-4
-    adam_epsilon: float = 1e-8
-    max_grad_norm: float = 1.0
-    lr_scheduler: str = "constant"  # any of diffusers.optimization.get_scheduler
-    lr_warmup_steps: int = 0
-    mixed_precision: Literal["no", "fp16", "bf16"] = "bf16"
-    gradient_checkpointing: bool = False
+    learning_rate: float = 3e-4  # of AdamW, after the warm-up
+    adam_beta1: float = 0.9  # decay of the gradient's running mean
+    adam_beta2: float = 0.999  # decay of its square's running mean
+    adam_weight_decay: float = 1e-4  # per update, times the learning rate; of the LoRA's weights
+    adam_epsilon: float = 1e-8  # added to the root of the mean square
+    max_grad_norm: float = 1.0  # a longer gradient is scaled down to this norm
+    lr_scheduler: str = "constant"  # name of a schedule in diffusers.optimization.get_scheduler
+    lr_warmup_steps: int = 0  # updates over which the learning rate rises from 0
+    mixed_precision: Literal["no", "fp16", "bf16"] = "bf16"  # type of the frozen model; no: fp32. The LoRA is fp32
+    gradient_checkpointing: bool = False  # less memory for activations, about a third more time
 
 
 @dataclass
 class LoraConfig:
-    rank: int = 32
-    alpha: float = 64.0
+    """The adapters that are trained."""
+
+    rank: int = 32  # of each layer's change
+    alpha: float = 64.0  # the change is alpha / rank * B A
     # names of linear layers, matched by ending; the default leaves out the 13 `attn2` blocks of SD3.5-medium
     target_modules: list[str] = field(
         default_factory=lambda: [
@@ -67,30 +69,32 @@ class LoraConfig:
 class EvalConfig:
     """The measurement before and after: the same prompts and noise under base and LoRA."""
 
-    samples_per_prompt: int = 4
-    num_inference_steps: int = 40
-    guidance_scale: float = 1.0
-    batch_size: int = 16
+    samples_per_prompt: int = 4  # images of each test prompt, under base and LoRA
+    num_inference_steps: int = 40  # ODE steps
+    guidance_scale: float = 1.0  # 1: no guidance
+    batch_size: int = 16  # images per forward pass; does not change the images
     seed: int = 12345  # of the noise; training seeds never meet it
 
 
 @dataclass
 class Config:
+    """A whole run."""
+
     model: str = "shapes"  # "shapes" (built in), a hub id or a local folder
     prompts: str | None = None  # a prompt file; None: the built-in training set
     test_prompts: str | None = None  # None: the built-in test set, or a seeded fifth of `prompts`
-    epochs: int = 100
-    seed: int = 0
+    epochs: int = 100  # each samples images, then trains on them
+    seed: int = 0  # of the LoRA's first weights, the prompts' order and all training noise
     output_dir: str | None = None  # None: a new dated folder under runs/
     resume_from_checkpoint: str | None = None  # a checkpoint folder, a run folder, or "latest"
-    dry_run: bool = False
-    objective: Objective = field(default_factory=Adrpo)
-    reward: ClipReward = field(default_factory=ClipReward)
-    rollout: RolloutConfig = field(default_factory=RolloutConfig)
-    train: TrainConfig = field(default_factory=TrainConfig)
-    lora: LoraConfig = field(default_factory=LoraConfig)
-    eval: EvalConfig = field(default_factory=EvalConfig)
+    dry_run: bool = False  # check everything, print the plan and stop
+    objective: Objective = field(default_factory=Adrpo)  # what is minimised
+    reward: ClipReward = field(default_factory=ClipReward)  # what is maximised
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)  # how images are sampled
+    train: TrainConfig = field(default_factory=TrainConfig)  # how they are learnt from
+    lora: LoraConfig = field(default_factory=LoraConfig)  # what is trained
+    eval: EvalConfig = field(default_factory=EvalConfig)  # how the result is measured
     report_to: str = "tensorboard"  # any tracker of accelerate, or "none"; metrics.jsonl is always written
-    checkpointing_epochs: int = 10
+    checkpointing_epochs: int = 10  # a checkpoint every so many epochs; the last two stay
     validation_epochs: int = 10  # a grid of fixed prompts and noise every so many epochs
     evaluation_epochs: int = 0  # the whole test set is measured every so many epochs too; 0: before and after only

@@ -126,7 +126,7 @@ def measure(
 
     For the base of a policy: `with policy.reference(): measure(None, ...)`. An image's noise comes from `config.seed`,
     its prompt's text and its number, whatever else is in the file. `condition` (N rows) and `negative` spare the text
-    encoders. ValueError for a size that the model has not.
+    encoders. UserError for a size that the model has not.
     """
     if condition is None:
         condition, negative = encode_prompts(model, prompts, config.guidance_scale)

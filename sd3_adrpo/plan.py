@@ -73,10 +73,10 @@ def resolve_prompts(config: Config) -> tuple[list[Prompt], list[Prompt], dict[st
     builtin = config.model == "shapes" and config.prompts is None
     if config.prompts is None and not builtin:
         raise UserError(f"{config.model} needs --prompts FILE (prompts/README.md lists what comes with the program)")
-    path = _find("shapes_rl.csv" if builtin else config.prompts)
+    path = find_prompts("shapes_rl.csv" if builtin else config.prompts)
     train = read_prompts(path)
     if config.test_prompts or builtin:
-        test_path, source = _find(config.test_prompts or "shapes_test.csv"), "all"
+        test_path, source = find_prompts(config.test_prompts or "shapes_test.csv"), "all"
         test = read_prompts(test_path)
     else:
         (train, test), test_path = held_out(train, config.eval.seed), path
@@ -99,7 +99,8 @@ def _shown(path: Path) -> str:
     return f"prompts/{path.name}" if shipped else str(path)
 
 
-def _find(name: str) -> Path:
+def find_prompts(name: str) -> Path:
+    """A prompt file by its path, else by its name in prompts/. Whether it exists is not asked."""
     path = Path(name).expanduser()
     shipped = prompt_files.PROMPTS_DIR / name
     return shipped if not path.exists() and shipped.is_file() else path

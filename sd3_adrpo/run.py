@@ -94,10 +94,7 @@ class Run:
         self._say(f"loading {config.model}")
         dtype = DTYPES[config.train.mixed_precision]
         self.model = SD3.load(config.model, dtype, self.accelerator.device, rollout.max_sequence_length)
-        try:
-            self.model.latent_shape(rollout.height, rollout.width)
-        except ValueError as error:
-            raise UserError(f"rollout: {error}") from error
+        self.model.latent_shape(rollout.height, rollout.width)  # an impossible size is said here, before the rest loads
         self.scorer = config.reward.load(self.accelerator.device)
         condition, negative = encode_prompts(self.model, self.plan.train, rollout.guidance_scale)
         self.test = encode_prompts(self.model, self.plan.test, config.eval.guidance_scale)

@@ -6,13 +6,17 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
 import train_sd3
 from sd3_adrpo import cli, plan, shapes
+from sd3_adrpo.config import Config, EvalConfig, LoraConfig, RolloutConfig, TrainConfig
 from sd3_adrpo.errors import UserError
+from sd3_adrpo.objectives.adrpo import Adrpo
+from sd3_adrpo.option_help import option_help
 
 ROOT = Path(__file__).parent.parent
 
@@ -130,6 +134,9 @@ def test_help_explains_every_option(capsys: pytest.CaptureFixture) -> None:
     text = capsys.readouterr().out
     assert re.search(r"--train\.batch_size N +samples per forward pass, each with", text)
     assert re.search(r"--lora\.target_modules .*\n? +names of linear layers, matched by ending", text)
+    for cls in (Config, RolloutConfig, TrainConfig, LoraConfig, EvalConfig, Adrpo):
+        comments = option_help(cls)
+        assert [field.name for field in fields(cls) if len(comments.get(field.name, "")) < 6] == []
 
 
 def test_dry_run_loads_no_model(builtin: Path, tiny_sd3: Path) -> None:

@@ -13,8 +13,7 @@ from diffusers import StableDiffusion3Pipeline
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from sd3_adrpo import export
-from sd3_adrpo.export import ExportError, check_lora, model_card, save_lora, stock_pipeline, verify_lora
+from sd3_adrpo.export import ExportError, check_lora, lora, model_card, save_lora, stock_pipeline, verify_lora
 from sd3_adrpo.models.sd3 import SD3
 from sd3_adrpo.types import Condition
 
@@ -33,7 +32,7 @@ def add_lora(transformer, rank: int = 4, alpha: float = 10.0, targets: list[str]
 
 
 def inputs(model: SD3):
-    return export._random_inputs(model, batch=3, seed=7)
+    return lora._random_inputs(model, batch=3, seed=7)
 
 
 @pytest.fixture
@@ -112,13 +111,13 @@ def test_failed_save_keeps_the_previous_file(trained, tmp_path, monkeypatch):
     before = save_lora(trained.transformer, tmp_path).read_bytes()
 
     def fail(folder, **kwargs):
-        (export.Path(folder) / export.WEIGHTS).write_bytes(b"half")
+        (lora.Path(folder) / lora.WEIGHTS).write_bytes(b"half")
         raise OSError("disk full")
 
-    monkeypatch.setattr(export.StableDiffusion3Pipeline, "save_lora_weights", fail)
+    monkeypatch.setattr(lora.StableDiffusion3Pipeline, "save_lora_weights", fail)
     with pytest.raises(OSError, match="disk full"):
         save_lora(trained.transformer, tmp_path)
-    assert (tmp_path / export.WEIGHTS).read_bytes() == before and len(os.listdir(tmp_path)) == 1
+    assert (tmp_path / lora.WEIGHTS).read_bytes() == before and len(os.listdir(tmp_path)) == 1
 
 
 def test_verify_returns_the_difference_and_leaves_the_policy_alone(trained, tmp_path):
@@ -138,14 +137,14 @@ def test_verify_in_low_precision(tiny_sd35, tmp_path, dtype):
     model = SD3.load(str(tiny_sd35), dtype=dtype)
     add_lora(model.transformer)
     save_lora(model.transformer, tmp_path)
-    assert verify_lora(tmp_path, model, model.velocity) < export.TOLERANCE[dtype]
+    assert verify_lora(tmp_path, model, model.velocity) < lora.TOLERANCE[dtype]
     _scale_up_factors(tmp_path, 1.1)  # a wrong strength that rounding of velocities could hide
     with pytest.raises(ExportError, match="strength"):
         verify_lora(tmp_path, model, model.velocity)
 
 
 def _scale_up_factors(folder, factor: float) -> None:
-    path = folder / export.WEIGHTS
+    path = folder / lora.WEIGHTS
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata()
     weights = load_file(path)
@@ -160,8 +159,8 @@ def test_verify_finds_wrong_strength_lost_layers_and_another_policy(trained, tmp
     with pytest.raises(ExportError, match="strength"):
         verify_lora(tmp_path, trained, trained.velocity)
     save_lora(trained.transformer, tmp_path)
-    weights = load_file(tmp_path / export.WEIGHTS)
-    save_file({key: value for key, value in weights.items() if "attn2" not in key}, tmp_path / export.WEIGHTS)
+    weights = load_file(tmp_path / lora.WEIGHTS)
+    save_file({key: value for key, value in weights.items() if "attn2" not in key}, tmp_path / lora.WEIGHTS)
     with pytest.raises(ExportError, match="1 LoRA layers are lost.*attn2"):
         verify_lora(tmp_path, trained, trained.velocity)
 

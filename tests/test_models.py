@@ -139,9 +139,9 @@ def test_dropped_text_encoders(tiny_sd35):
 def test_latent_shape(both):
     model, _ = both
     assert model.latent_shape(64, 96) == (16, 8, 12)
-    with pytest.raises(ValueError, match="height is 72.*multiple of 16"):
+    with pytest.raises(UserError, match="height is 72.*multiple of 16"):
         model.latent_shape(72, 64)
-    with pytest.raises(ValueError, match="width is 112.*at most 96"):
+    with pytest.raises(UserError, match="width is 112.*at most 96"):
         model.latent_shape(64, 112)
 
 

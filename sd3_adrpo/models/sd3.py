@@ -138,15 +138,15 @@ class SD3:
             torch.cuda.empty_cache()
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
-        """(C, h, w) of the latent of an image of `height` x `width` pixels; ValueError when the model has none."""
+        """(C, h, w) of the latent of an image of `height` x `width` pixels; UserError when the model has none."""
         factor, config = self.pipeline.vae_scale_factor, self.transformer.config
         step = factor * config.patch_size
         largest = config.pos_embed_max_size * step
         for name, pixels in (("height", height), ("width", width)):
             if pixels < 1 or pixels % step:
-                raise ValueError(f"{name} is {pixels}; {self.name} needs a positive multiple of {step} pixels")
+                raise UserError(f"{name} is {pixels}; {self.name} needs a positive multiple of {step} pixels")
             if pixels > largest:
-                raise ValueError(f"{name} is {pixels}; {self.name} has positions for at most {largest} pixels")
+                raise UserError(f"{name} is {pixels}; {self.name} has positions for at most {largest} pixels")
         return config.in_channels, height // factor, width // factor
 
     def sigmas(self, steps: int, shift: float | None, height: int, width: int) -> Tensor:

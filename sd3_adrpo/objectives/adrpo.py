@@ -28,10 +28,12 @@ class Adrpo(Objective):
     for ablations: a fixed beta0 |v - v_ref|^2 (curvature A + beta0 instead of beta0) or none (curvature A).
     """
 
-    name: Literal["adrpo"] = "adrpo"
-    beta0: float = 1.0  # weight of the penalty at A = 0
+    name: Literal["adrpo"] = "adrpo"  # of the objective
+    beta0: float = 1.0  # weight of the pull to the base at advantage 0; larger holds on tighter
     clip_range: float = 1.0  # bound of the advantages, in units of beta0
-    advantage: Literal["batch", "group", "group_std", "running", "critic"] = "batch"  # see docs/objectives.md
+    # a reward is measured against all of the batch, its prompt's (group, group_std), its prompt's past (running), or
+    # what a regression on the prompt's embedding expects (critic)
+    advantage: Literal["batch", "group", "group_std", "running", "critic"] = "batch"
     penalty: Literal["adaptive", "fixed", "none"] = "adaptive"  # beta0 - A, beta0 or 0 times |v - v_ref|^2
     positive_only: bool = False  # negative advantages become 0
     refresh_epochs: int = 0  # the penalty's reference becomes the policy every so many epochs; 0: stays the base

@@ -24,12 +24,12 @@ class Awm(Objective):
     a power of it that flattens large errors.
     """
 
-    name: Literal["awm"] = "awm"
+    name: Literal["awm"] = "awm"  # of the objective
     clip_range: float = 1.0  # of the ratio; 1 is the authors' and hardly ever acts
     kl: float = 1e-3  # weight of the distance to the base
     kl_old: float = 1.0  # weight of the distance to the moving average
     old_average: float = 0.3  # share of the average that an epoch keeps
-    advantage: Literal["batch", "group", "group_std", "running", "critic"] = "group_std"
+    advantage: Literal["batch", "group", "group_std", "running", "critic"] = "group_std"  # see advantages.py
     advantage_clip: float = 5.0  # bound of the advantages
     needs = ("reference", "old")
 

@@ -23,13 +23,13 @@ class DiffusionNft(Objective):
     moving average of the policy, decay min(rate n, limit) after n updates, and draws the samples.
     """
 
-    name: Literal["diffusion_nft"] = "diffusion_nft"
+    name: Literal["diffusion_nft"] = "diffusion_nft"  # of the objective
     beta: float = 1.0  # b above: how far the mirrored policies lie from v_old
     kl: float = 1e-4  # weight of the distance to the base
-    advantage: Literal["batch", "group", "group_std", "running", "critic"] = "group_std"
+    advantage: Literal["batch", "group", "group_std", "running", "critic"] = "group_std"  # see advantages.py
     advantage_clip: float = 5.0  # Amax above
     decay_rate: float = 0.001  # of the average, per update done
-    decay_limit: float = 0.5
+    decay_limit: float = 0.5  # of the decay
     needs = ("reference", "old")
     sampled_by_old = True
 

@@ -24,7 +24,7 @@ class Dpo(Objective):
     the scale of a sum; 100 is common for means.
     """
 
-    name: Literal["dpo"] = "dpo"
+    name: Literal["dpo"] = "dpo"  # of the objective
     beta: float = 100.0  # how sure a given difference of errors makes
     pairs: int = 1  # of each prompt's samples
     advantage: Literal["batch", "group", "group_std"] = "group"  # any kind ranks a prompt's samples alike

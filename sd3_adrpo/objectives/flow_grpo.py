@@ -26,11 +26,11 @@ class FlowGrpo(Objective):
     code leaves the step's length out of std. `train.sigmas_per_sample` steps of each path are trained on per pass.
     """
 
-    name: Literal["flow_grpo"] = "flow_grpo"
+    name: Literal["flow_grpo"] = "flow_grpo"  # of the objective
     noise_level: float = 0.7  # of the sampler; 0 would be the ODE, which has no probabilities
     clip_range: float = 1e-4  # of the ratio, for a latent of 65536 entries
     kl: float = 0.04  # weight of the KL to the base
-    advantage: Literal["batch", "group", "group_std", "running", "critic"] = "group_std"
+    advantage: Literal["batch", "group", "group_std", "running", "critic"] = "group_std"  # see advantages.py
     advantage_clip: float = 5.0  # bound of the advantages
 
     def __post_init__(self) -> None:

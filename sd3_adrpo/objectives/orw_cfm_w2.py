@@ -22,7 +22,7 @@ class OrwCfmW2(Objective):
     (sum w)^2 / (n sum w^2).
     """
 
-    name: Literal["orw_cfm_w2"] = "orw_cfm_w2"
+    name: Literal["orw_cfm_w2"] = "orw_cfm_w2"  # of the objective
     tau: float = 0.5  # inverse temperature, per standard deviation of the reward
     alpha: float = 1.0  # weight of the penalty
     advantage: Literal["batch", "group", "group_std", "running", "critic"] = "batch"  # the standardised R

@@ -16,7 +16,7 @@ from ..types import Batch
 class Raft(Objective):
     """Supervised flow matching, loss_i = |v - u|^2, on the `keep` best of a prompt's samples; nothing holds it back."""
 
-    name: Literal["raft"] = "raft"
+    name: Literal["raft"] = "raft"  # of the objective
     keep: int = 1  # samples of each prompt that are trained on, the best ones
     advantage: Literal["batch", "group", "group_std"] = "group"  # any kind ranks a prompt's samples alike
     needs = ()

@@ -6,6 +6,7 @@ Readers disagree about alpha: diffusers takes it from metadata and assumes alpha
 
 from __future__ import annotations
 
+import json
 import os
 import tempfile
 from collections.abc import Callable, Mapping
@@ -18,11 +19,11 @@ from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from .errors import UserError
-from .models.sd3 import SD3
-from .types import Condition
+from ..errors import UserError
+from ..loading import WEIGHTS, find_lora
+from ..models.sd3 import SD3
+from ..types import Condition
 
-WEIGHTS = "pytorch_lora_weights.safetensors"
 PREFIX = "transformer."
 FACTORS = (".lora_A.weight", ".lora_B.weight")
 # stock loading works in the base's type: what it may differ by there is rounding, in units of the largest velocity
@@ -143,12 +144,18 @@ def _random_inputs(model: SD3, batch: int, seed: int) -> tuple[Tensor, Tensor, C
 
 
 def check_lora(source: str | Path, transformer: nn.Module) -> Path:
-    """The weight file in `source` (a folder or the file itself), once it is sure to load fully into `transformer`.
+    """The weight file in `source` (see `find_lora`), once it is sure to load fully into `transformer`.
 
     diffusers loads a file of foreign names as nothing, with no more than a log line. Raises ExportError.
     """
-    path = Path(source).expanduser()
-    path = path / WEIGHTS if path.is_dir() else path
+    path, shapes = _read_shapes(source)
+    _check_shapes(path, shapes, transformer)
+    return path
+
+
+def _read_shapes(source: str | Path) -> tuple[Path, dict[str, tuple[int, ...]]]:
+    """The file and its transformer weights' shapes by name without prefix; ExportError for another format."""
+    path = find_lora(source)
     if not path.is_file():
         raise ExportError(f"no LoRA at {source}: expected {WEIGHTS} in that folder, or the path of such a file")
     try:
@@ -164,8 +171,34 @@ def check_lora(source: str | Path, transformer: nn.Module) -> Path:
             f"{path} is not in diffusers' format for SD3: all names must start with {PREFIX!r}, {len(ours)} of "
             f"{len(shapes)} do{example}. Files of kohya, ComfyUI or peft itself need converting first"
         )
-    _check_shapes(path, ours, transformer)
-    return path
+    return path, ours
+
+
+def read_lora(source: str | Path) -> dict[str, tuple[Tensor, Tensor]]:
+    """Layer name -> (A (r, in), B (out, r)) of a file in diffusers' format, alpha / rank in B, as stored otherwise.
+
+    The base is not needed. ExportError for what a plain LoRA of the transformer has not: half a pair, weights of text
+    encoders, a strength or a kind (DoRA, rsLoRA) that differs between layers or readers.
+    """
+    path, shapes = _read_shapes(source)
+    names = sorted({key.rpartition(".lora_")[0] or key for key in shapes})
+    odd = shapes.keys() ^ {name + factor for name in names for factor in FACTORS}
+    with safe_open(path, framework="pt") as file:
+        odd |= {key for key in file.keys() if not key.startswith(PREFIX)}
+        if odd:
+            raise ExportError(f"{path} is not a plain LoRA of the transformer: see {sorted(odd)[0]}")
+        strength = _strength(path, json.loads((file.metadata() or {}).get("lora_adapter_metadata", "{}")))
+        pairs = {name: [file.get_tensor(PREFIX + name + factor) for factor in FACTORS] for name in names}
+    return {name: (down, up if strength == 1 else up * strength) for name, (down, up) in pairs.items()}
+
+
+def _strength(path: Path, metadata: Mapping) -> float:
+    """alpha / rank; diffusers takes alpha = rank where the file says nothing."""
+    options = {key.removeprefix(PREFIX): value for key, value in metadata.items()}
+    special = [key for key in ("rank_pattern", "alpha_pattern", "use_dora", "use_rslora") if options.get(key)]
+    if special:
+        raise ExportError(f"{path} uses {special[0]}; only a LoRA of one rank and one alpha can be converted")
+    return options["lora_alpha"] / options["r"] if {"lora_alpha", "r"} <= options.keys() else 1.0
 
 
 def _check_shapes(path: Path, shapes: Mapping[str, tuple[int, ...]], transformer: nn.Module) -> None:
@@ -186,58 +219,3 @@ def _check_shapes(path: Path, shapes: Mapping[str, tuple[int, ...]], transformer
             f"{path} was made for another model: {len(problems)} misfits in its {len(names)} layers, "
             f"e.g. {problems[0]}. Give the model that it was trained on"
         )
-
-
-METRICS = {  # key in summary.json: what a reader sees
-    "reward": "reward",
-    "accuracy": "accuracy (all of the prompt drawn)",
-    "free_diversity": "diversity among right images, drawn = 1",
-    "clip_diversity": "CLIP diversity (also falls when wrong images vanish)",
-    "w2_drift": "drift, mean square of v - v_ref",
-}
-
-
-def model_card(
-    summary: Mapping, *, base_model: str, reward: str, prompts: str, sampling: Mapping | None = None, t5: bool = True
-) -> str:
-    """Text of README.md beside the weights.
-
-    `summary` is summary.json's content, `reward` names its encoder and unit, `prompts` the file trained on, `sampling`
-    the pipeline's arguments that reproduce the measured setting, `t5` whether the base comes with a T5 encoder.
-    """
-    on_hub = base_model.count("/") == 1 and not base_model.startswith((".", "~", "/")) and not Path(base_model).exists()
-    header = ["library_name: diffusers", "tags: [lora, text-to-image, stable-diffusion-3, adrpo]"]
-    header += [f"base_model: {base_model}"] if on_hub else []
-    built_in = base_model == "shapes"
-    imports = ["from sd3_adrpo.shapes import PIPELINE_DIR"] if built_in else []
-    arguments = ["PIPELINE_DIR" if built_in else f'"{base_model}"']
-    arguments += [] if t5 else ["text_encoder_3=None", "tokenizer_3=None"]
-    call = ", ".join(['"a prompt"', *(f"{key}={value!r}" for key, value in (sampling or {}).items())])
-    rows = [
-        f"| {title} | {_number(summary['before'].get(key))} | {_number(summary['after'].get(key))} "
-        f"| {_difference(summary['difference'].get(key))} |"
-        for key, title in METRICS.items()
-    ]
-    lines = ["---", *header, "---", "", f"# LoRA for {base_model}", ""]
-    lines += [f"- {title}: {value}" for title, value in _facts(summary, base_model, reward, prompts)]
-    lines += ["", "Measured on the test prompts, the same noise under base and LoRA (± one standard error):", ""]
-    lines += ["| | before | after | difference |", "|---|---|---|---|", *rows, "", "```python"]
-    lines += ["from diffusers import StableDiffusion3Pipeline", *imports]
-    lines += [f"pipeline = StableDiffusion3Pipeline.from_pretrained({', '.join(arguments)})"]
-    lines += ['pipeline.load_lora_weights("FOLDER_OF_THIS_FILE")', f"image = pipeline({call}).images[0]"]
-    return "\n".join([*lines, 'image.save("image.png")', "```", ""])
-
-
-def _facts(summary: Mapping, base_model: str, reward: str, prompts: str) -> list[tuple[str, object]]:
-    facts = [("Base model", base_model), ("Objective", summary.get("objective")), ("Reward", reward)]
-    facts += [("Training prompts", prompts), ("Test prompts", summary.get("test_prompts"))]
-    facts += [(key.capitalize(), summary.get(key)) for key in ("seed", "epochs", "images")]
-    return [(title, value) for title, value in facts if value is not None]
-
-
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4g}"
-
-
-def _difference(value: Mapping | None) -> str:
-    return "-" if not value or value.get("mean") is None else f"{value['mean']:+.4g} ± {_number(value.get('stderr'))}"
