@@ -92,8 +92,8 @@ def test_compare_keeps_what_is_finished(tmp_path, monkeypatch, capsys):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a red circle\ntwo blue squares\n")
     options = f"""--rollout.prompts_per_epoch 2 --rollout.samples_per_prompt 2 --rollout.num_inference_steps 2
-        --epochs 2 --train.inner_epochs 1 --train.sigmas_per_sample 1 --eval.samples_per_prompt 2 --eval.num_inference_steps 2
-        --report_to none --prompts {prompts} --lora.rank 2""".split()
+        --epochs 2 --train.inner_epochs 1 --train.sigmas_per_sample 1 --eval.samples_per_prompt 2
+        --eval.num_inference_steps 2 --report_to none --prompts {prompts} --lora.rank 2""".split()
     command = ["--objectives", "adrpo,raft", "--seeds", "0", "--output_dir", str(tmp_path / "c"), *options]
     run = compare.run
     monkeypatch.setattr(
