@@ -109,9 +109,6 @@ def linear_head(state: dict[str, Tensor], prefix: str, source: str | Path) -> nn
     if not weights or not fits or weights[-1].shape[0] != 1:
         raise UserError(f"{source} has no head {prefix}.N.weight that ends in one number; it has {list(state)[:3]}")
     head = nn.Sequential(*(nn.Linear(weight.shape[1], weight.shape[0]) for weight in weights))
-    names = {f"{i}.{part}": state[f"{prefix}.{number}.{part}"] for i, number in enumerate(numbers) for part in _PARTS}
-    head.load_state_dict(names)
+    parts = [(new, old, part) for new, old in enumerate(numbers) for part in ("weight", "bias")]
+    head.load_state_dict({f"{new}.{part}": state[f"{prefix}.{old}.{part}"] for new, old, part in parts})
     return head.eval().requires_grad_(False)
-
-
-_PARTS = ("weight", "bias")

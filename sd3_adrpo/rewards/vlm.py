@@ -38,7 +38,9 @@ class VlmReward:
     temperature: float = 0.0
     api_key_env: str = "OPENAI_API_KEY"  # the environment variable that holds the key; unset: no key is sent
     timeout: float = 60.0  # seconds for a request
-    retries: int = 4  # further attempts after an error or an answer without a rating
+    retries: int = (
+        4  # further attempts after an error, or at temperature > 0 after no rating
+    )
     backoff: float = 1.0  # seconds before the first retry; doubles each time, up to 60
     concurrency: int = 8  # requests at a time
 
@@ -121,19 +123,12 @@ class VlmScorer:
 
     def rate(self, image: Tensor, text: str) -> float | None:
         """The rating of a uint8 image (3, H, W), or None where no answer had one."""
-        from ._http import Unanswered, post_json
+        from ._post import Unanswered, post_json
 
-        body = self.request(image, text)
+        url, body = self.config.url.rstrip("/") + "/chat/completions", self.request(image, text)
         for attempt in range(self.config.retries + 1):
             try:
-                answer = post_json(
-                    self.config.url.rstrip("/") + "/chat/completions",
-                    body,
-                    self.key,
-                    self.config.timeout,
-                    self.config.retries,
-                    self.config.backoff,
-                )
+                answer = post_json(url, body, self.key, self.config.timeout, self.config.retries, self.config.backoff)
             except Unanswered as error:
                 raise RewardError(f"{error}. The run can be resumed; prompt {text!r}") from error
             rating = self.parse(answer)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import time
 import urllib.error
@@ -40,13 +41,13 @@ def post_json(url: str, body: Any, key: str | None, timeout: float, retries: int
             wait = _retry_after(error) or wait
         except ValueError as error:  # of json
             reason = f"no JSON: {error}"
-        except OSError as error:  # refused, reset, timed out, no such name
+        except (OSError, http.client.HTTPException) as error:  # refused, reset, timed out, no such name
             reason = str(getattr(error, "reason", error)) or type(error).__name__
         if attempt < retries:
             time.sleep(min(wait, LONGEST_WAIT))
     raise Unanswered(
-        f"{url} gave no answer in {retries + 1} attempts of {timeout:g} s each; the last: {reason}. Check that it runs, "
-        "or raise reward.timeout or reward.retries"
+        f"{url} gave no answer in {retries + 1} attempts of {timeout:g} s each; the last: {reason}. Check that it "
+        "runs, or raise reward.timeout or reward.retries"
     )
 
 
