@@ -38,9 +38,7 @@ class VlmReward:
     temperature: float = 0.0
     api_key_env: str = "OPENAI_API_KEY"  # the environment variable that holds the key; unset: no key is sent
     timeout: float = 60.0  # seconds for a request
-    retries: int = (
-        4  # further attempts after an error, or at temperature > 0 after no rating
-    )
+    retries: int = 4  # further attempts after an error, or at temperature > 0 after no rating
     backoff: float = 1.0  # seconds before the first retry; doubles each time, up to 60
     concurrency: int = 8  # requests at a time
 
