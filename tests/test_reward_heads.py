@@ -115,9 +115,8 @@ def _blip_text(state: dict, ids: torch.Tensor, mask: torch.Tensor, patches: torc
         layer = f"encoder.layer.{i}."
         x = attend(layer + "attention", x, x, (1 - mask[:, None].float()) * -10000)
         x = attend(layer + "crossattention", x, patches, 0.0)
-        x = norm(
-            layer + "output.LayerNorm", dense(layer + "output.dense", gelu(dense(layer + "intermediate.dense", x))) + x
-        )
+        wide = gelu(dense(layer + "intermediate.dense", x))
+        x = norm(layer + "output.LayerNorm", dense(layer + "output.dense", wide) + x)
     return x
 
 
