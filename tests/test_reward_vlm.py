@@ -44,11 +44,15 @@ def server():
             except OSError:  # the client has given up waiting
                 pass
 
+        def do_GET(self):
+            server.redirected.append(dict(self.headers))
+            self.send_error(404)
+
         def log_message(self, *_):
             pass
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.lock, server.seen = threading.Lock(), []
+    server.lock, server.seen, server.redirected = threading.Lock(), [], []
     server.url = f"http://127.0.0.1:{server.server_port}/v1"
     thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
     thread.start()
@@ -142,17 +146,14 @@ def test_the_key_does_not_follow_a_redirect(server, monkeypatch):
     server.answer = lambda body, count: (302, {"Location": server.url + "/elsewhere"}, b"")
     with pytest.raises(RewardError):
         _scorer(server, retries=0)(images(8, count=1), PROMPTS[:1])
-    assert len(server.seen) == 1  # a redirect of a POST becomes a GET, which this server does not answer
+    assert server.seen[0][1]["Authorization"] == "Bearer secret"
+    assert len(server.redirected) == 1 and "Authorization" not in server.redirected[0]
 
 
 def test_answers_without_a_rating_are_counted_and_are_not_zero(server):
     """The image takes the mean of its prompt's other images: 2 for the red cube; a true 0 stays a 0."""
-    texts = {"a red cube": iter(["2", "I cannot tell"]), "two blue balls left of a café": iter(["0"])}
-    server.answer = lambda body, count: (
-        200,
-        {},
-        says(next(t for p, t in texts.items() if f'"{p}"' in _question(body)).__next__()),
-    )
+    answers = ["2", "0", "I cannot tell"]
+    server.answer = lambda body, count: (200, {}, says(answers[count - 1]))
     scorer = _scorer(server, concurrency=1)
     with pytest.warns(UserWarning, match="1 of 3 answers.*no rating"):
         rewards = scorer(images(8), PROMPTS)
@@ -160,11 +161,8 @@ def test_answers_without_a_rating_are_counted_and_are_not_zero(server):
 
 
 def test_an_image_whose_prompt_has_no_other_rating_takes_the_batchs_mean(server):
-    server.answer = lambda body, count: (
-        200,
-        {},
-        says("none" if "blue" in _question(body) else "3" if count == 1 else "4"),
-    )
+    answers = ["3", "none", "4"]
+    server.answer = lambda body, count: (200, {}, says(answers[count - 1]))
     scorer = _scorer(server, concurrency=1)
     with pytest.warns(UserWarning):
         assert scorer(images(8), PROMPTS).tolist() == [3, 3.5, 4]
