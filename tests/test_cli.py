@@ -87,7 +87,7 @@ def test_objective_by_name(tmp_path: Path) -> None:
         (["--rank", "8"], "did you mean --lora.rank?"),
         (["--batch-size", "8"], "did you mean --rollout.batch_size or --train.batch_size or --eval.batch_size?"),
         (["--objective", "adrop"], "unknown objective 'adrop'; available: adrpo"),
-        (["--reward=clop"], "unknown reward 'clop'; available: clip"),
+        (["--reward=clop"], "unknown reward 'clop'; available: aesthetic, clip"),
         (["--epochs", "many"], "epochs is 'many'; it must be int"),
         (["--train.learning_rate", "fast"], "train.learning_rate is 'fast'; it must be float"),
         (["--rollout.solver", "hean"], "it must be one of euler, heun, midpoint; did you mean heun?"),

@@ -1,0 +1,54 @@
+"""Aesthetic predictor V2.5: SigLIP so400m and a linear head, of github.com/discus0434/aesthetic-predictor-v2-5.
+
+The prompt plays no part. The head's weights are under the AGPL-3.0.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from ._weights import find_file, linear_head, loading, read_state
+from .aesthetic import AestheticScorer, check_width
+
+if TYPE_CHECKING:
+    import torch
+
+HEAD_FILE = "aesthetic_predictor_v2_5.pth"
+HEAD = "https://github.com/discus0434/aesthetic-predictor-v2-5/raw/main/models/aesthetic_predictor_v2_5.pth"
+UNIT = "aesthetic rating, 1 to 10"
+
+
+@dataclass
+class SiglipAestheticReward:
+    """Aesthetic V2.5: a rating from 1 to 10, also for drawings; its author calls 5.5 and more a great score."""
+
+    name: Literal["siglip_aesthetic"] = "siglip_aesthetic"
+    model: str = "google/siglip-so400m-patch14-384"  # a folder or hub id
+    head: str = HEAD  # a file, a folder that holds it, or its URL
+    batch_size: int = 32  # images per forward pass
+
+    def describe(self) -> str:
+        return f"{UNIT}, {self.model}"
+
+    def load(self, device: str | torch.device = "cpu") -> AestheticScorer:
+        """float32 and in evaluation mode, on `device`; the author's example runs in bfloat16. UserError where the
+        weights cannot be had."""
+        from transformers import AutoImageProcessor, SiglipVisionModel
+
+        from ._images import Preprocessing
+
+        file = find_file(self.head, HEAD_FILE, "head")
+        head = linear_head(read_state(file), "scoring_head", file)
+        with loading("model", self.model):
+            model = SiglipVisionModel.from_pretrained(self.model, dtype="float32")
+            steps = Preprocessing.of(AutoImageProcessor.from_pretrained(self.model))
+        check_width(head, model.config.hidden_size, self.head, self.model)
+        return AestheticScorer(
+            lambda pixels: model(pixel_values=pixels).pooler_output,
+            [model.to(device), head.to(device)],
+            steps,
+            self.model,
+            device,
+            self.batch_size,
+        )
