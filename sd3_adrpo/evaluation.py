@@ -133,7 +133,8 @@ def measure(
     shape, sigmas = model.latent_shape(height, width), model.sigmas(config.num_inference_steps, shift, height, width)
     number = config.samples_per_prompt
     index = torch.arange(len(prompts)).repeat_interleave(number)
-    texts = [prompt.text for prompt in prompts for _ in range(number)]
+    repeated = [prompt for prompt in prompts for _ in range(number)]
+    texts = [prompt.text for prompt in repeated]
     seeds = [seed_for(config.seed, "evaluation", text, row % number) for row, text in enumerate(texts)]
     training = model.transformer.training
     model.transformer.eval()
@@ -149,7 +150,7 @@ def measure(
         drift = torch.zeros(len(clean))
         if policy is not None:
             drift = w2_drift(policy, clean, condition, index[rows], seeds[rows], batch_size=config.batch_size)
-        parts.append((quantise(images).cpu(), embeddings.cpu(), scorer.score(embeddings, texts[rows]), drift))
+        parts.append((quantise(images).cpu(), embeddings.cpu(), scorer.score(embeddings, repeated[rows]), drift))
         if progress:
             progress(min(start + config.batch_size, len(texts)), len(texts))
     model.transformer.train(training)

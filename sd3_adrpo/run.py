@@ -106,9 +106,8 @@ class Run:
             raise UserError("the cached prompt embeddings differ from the text encoder's: nothing was trained")
         self.model.drop_text_encoders()
         self.policy = Policy(self.model, config.lora, config.train.gradient_checkpointing)
-        prompts = [prompt.text for prompt in self.plan.train]
         self.trainer = Trainer(
-            config, self.accelerator, self.model, self.policy, self.scorer, prompts, condition, negative
+            config, self.accelerator, self.model, self.policy, self.scorer, self.plan.train, condition, negative
         )
 
     # measuring

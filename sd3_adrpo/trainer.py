@@ -16,6 +16,7 @@ from .errors import UserError
 from .flow import add_noise, seeded_noise, stratified_sigmas, velocity_target
 from .models.sd3 import SD3
 from .policy import Policy
+from .prompts import Prompt
 from .rewards.clip import ClipScorer
 from .rollout import sample
 from .seeds import epoch_prompts, generator_for, seed_for
@@ -40,7 +41,7 @@ class Trainer:
         model: SD3,
         policy: Policy,
         scorer: ClipScorer,
-        prompts: list[str],
+        prompts: list[Prompt],
         condition: Condition,
         negative: Condition | None = None,
     ) -> None:
@@ -97,7 +98,7 @@ class Trainer:
             logs += self._update_pass(progress)
             self.inner, self.update = self.inner + 1, 0
         metrics = self._rollout_metrics(self.rollout)
-        self.last_images = self.rollout.images, [self.prompts[index] for index in self.rollout.prompt.tolist()]
+        self.last_images = self.rollout.images, [self.prompts[index].text for index in self.rollout.prompt.tolist()]
         self.epoch, self.inner, self.rollout = self.epoch + 1, 0, None
         updates = [dict(zip(log, torch.stack(list(log.values())).tolist(), strict=True)) for log in logs]
         return metrics, updates
@@ -129,10 +130,10 @@ class Trainer:
                 velocity=self.policy.velocity,
             )
             images = self.model.decode(clean, rollout.batch_size)
-            texts = [self.prompts[index] for index in prompt[rows].tolist()]
-            rewards = self.scorer(images, texts)
+            prompts = [self.prompts[index] for index in prompt[rows].tolist()]
+            rewards = self.scorer(images, prompts)
             parts.append(Rollout(prompt[rows], clean, rewards, (images * 255).round().to(torch.uint8).cpu()))
-            progress("sampling", start + len(texts), len(prompt))
+            progress("sampling", start + len(prompts), len(prompt))
         self.rollout = Rollout(
             *(torch.cat([getattr(p, f) for p in parts]) for f in ("prompt", "clean", "rewards", "images"))
         )

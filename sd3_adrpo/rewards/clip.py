@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from ..errors import UserError
+from ..prompts import Prompt
 
 if TYPE_CHECKING:  # every command reads these options, few need the libraries
     import torch
@@ -139,12 +140,12 @@ class ClipScorer:
                 self._texts.update(zip(rows, features, strict=True))
         return torch.stack([self._texts[text] for text in texts])
 
-    def score(self, embeddings: Tensor, prompts: Sequence[str]) -> Tensor:
+    def score(self, embeddings: Tensor, prompts: Sequence[Prompt]) -> Tensor:
         """Rewards (B,) of image embeddings (B, E), float32 on the CPU. RewardError where one is no finite number."""
-        rewards = 100 * (embeddings * self.embed_texts(prompts)).sum(-1).cpu()
+        rewards = 100 * (embeddings * self.embed_texts([prompt.text for prompt in prompts])).sum(-1).cpu()
         bad = (~rewards.isfinite()).nonzero().flatten().tolist()
         if bad:
-            names = list(dict.fromkeys(repr(prompts[row]) for row in bad))
+            names = list(dict.fromkeys(repr(prompts[row].text) for row in bad))
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
             raise RewardError(
                 f"the reward is {rewards[bad[0]].item()} for {len(bad)} of {len(rewards)} images, with the prompts "
@@ -153,7 +154,7 @@ class ClipScorer:
             )
         return rewards
 
-    def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+    def __call__(self, images: Tensor, prompts: Sequence[Prompt]) -> Tensor:
         """Rewards (B,) of images (B, 3, H, W) in [0, 1] and their prompts, in points of 100 x cosine."""
         if len(images) != len(prompts):
             raise ValueError(f"{len(images)} images came with {len(prompts)} prompts; each image needs its own")
