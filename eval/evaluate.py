@@ -97,6 +97,7 @@ def run(args: argparse.Namespace, config: Config) -> Path:
     from sd3_adrpo import evaluation
     from sd3_adrpo.export import check_lora
     from sd3_adrpo.models.sd3 import SD3
+    from sd3_adrpo.scoring import Scoring
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[config.train.mixed_precision]
@@ -107,7 +108,7 @@ def run(args: argparse.Namespace, config: Config) -> Path:
     except ValueError as error:
         raise UserError(str(error)) from error
     path = check_lora(args.lora, model.transformer) if args.lora else None
-    scorer = config.reward.load(device)
+    scorer = Scoring.load(config, device)
     condition, negative = evaluation.encode_prompts(model, prompts, config.eval.guidance_scale)
     if path:
         logging.getLogger("diffusers.loaders.lora_base").setLevel("ERROR")  # it warns of text encoders without a LoRA

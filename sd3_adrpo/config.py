@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from .objectives.adrpo import Adrpo
+from .rewards._mixed import NoReward
 from .rewards.clip import ClipReward
 
 
@@ -83,8 +84,11 @@ class Config:
     output_dir: str | None = None  # None: a new dated folder under runs/
     resume_from_checkpoint: str | None = None  # a checkpoint folder, a run folder, or "latest"
     dry_run: bool = False
+    reward_timeout: float = 600.0  # seconds that a reward may take for one batch; 0: as long as it likes
+    reward_retries: int = 2  # times that a reward which raised is called again, after 1 s, 2 s, ...
     objective: Adrpo = field(default_factory=Adrpo)
     reward: ClipReward = field(default_factory=ClipReward)
+    watch: NoReward = field(default_factory=NoReward)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)

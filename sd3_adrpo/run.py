@@ -28,6 +28,7 @@ from .export import model_card, save_lora, verify_lora
 from .models.sd3 import SD3
 from .plan import Plan
 from .policy import Policy
+from .scoring import Scoring
 from .trainer import Interrupted, Trainer
 
 logging.getLogger("diffusers.loaders.lora_base").setLevel(logging.ERROR)  # a LoRA has no text encoder part: no news
@@ -98,7 +99,7 @@ class Run:
             self.model.latent_shape(rollout.height, rollout.width)
         except ValueError as error:
             raise UserError(f"rollout: {error}") from error
-        self.scorer = config.reward.load(self.accelerator.device)
+        self.scorer = Scoring.load(config, self.accelerator.device)
         condition, negative = encode_prompts(self.model, self.plan.train, rollout.guidance_scale)
         self.test = encode_prompts(self.model, self.plan.test, config.eval.guidance_scale)
         again = self.model.encode([self.plan.train[-1].text])  # alone, not in the cache's batch
@@ -112,7 +113,7 @@ class Run:
 
     # measuring
 
-    def _measure(self, policy: Policy | None, name: str) -> Measurement:
+    def _measure(self, policy: Policy | None, name: str, reference: Measurement | None = None) -> Measurement:
         total = len(self.plan.test) * self.config.eval.samples_per_prompt
         with tqdm(total=total, desc=name, unit="img", disable=not self.main, dynamic_ncols=True) as bar:
             rollout = self.config.rollout
@@ -127,6 +128,7 @@ class Run:
                 condition=self.test[0],
                 negative=self.test[1],
                 shift=rollout.shift,
+                reference=reference,
                 progress=lambda done, _: bar.update(done - bar.n),
             )
 
@@ -157,7 +159,7 @@ class Run:
             metrics |= self._accuracy() | {"seconds": time.monotonic() - started}
             metrics["images_per_second"] = self.trainer.samples / metrics["seconds"]
             metrics |= {name: updates[-1][name] for name in ("w2", "velocity_norm_ratio") if updates}
-            shown = {k: f"{metrics[k]:.3f}" for k in ("reward", "accuracy", "w2", "images_per_second") if k in metrics}
+            shown = {k: f"{metrics[k]:.3f}" for k in self._shown(metrics)}
             bar.set_postfix(shown)
         self._log(epoch, metrics, updates)
         last = self.trainer.epoch == self.config.epochs
@@ -165,6 +167,12 @@ class Run:
             self._grid()
         if self.trainer.epoch % self.config.checkpointing_epochs == 0 or last:
             self._save()
+
+    def _shown(self, metrics: dict[str, float]) -> list[str]:
+        """What the bar shows: every score where there are several."""
+        scores = list(self.scorer.scorers) if len(self.scorer.scorers) > 1 else []
+        names = ["reward", *scores, "accuracy", "w2", "images_per_second"]
+        return [name for name in names if name in metrics]
 
     def _accuracy(self) -> dict[str, float]:
         """Of the epoch's own samples, where the prompts are of the built-in world."""
@@ -222,7 +230,7 @@ class Run:
             self.accelerator.init_trackers("tensorboard")
 
     def _finish(self, before: Measurement) -> dict[str, Any]:
-        after = self._measure(self.policy, "after")
+        after = self._measure(self.policy, "after", before)
         summary = {
             "objective": self.config.objective.name,
             "seed": self.config.seed,
@@ -233,6 +241,7 @@ class Run:
             "reward": f"{self.scorer.unit}, {self.scorer.encoder}",
             "test_prompts": self.plan.description["test"],
             **compare(before, after),
+            **self.scorer.compared(before.scores, after.scores, before.prompt),
         }
         if not self.main:
             return summary
@@ -273,6 +282,12 @@ class Run:
                 paired = summary["difference"][name]
                 error = f" ± {paired['stderr']:.4f}" if paired["stderr"] is not None else ""
                 print(f"{name:16}{before:10.4f}{summary['after'][name]:10.4f}{paired['mean']:+14.4f}{error}")
+        for kind in ("rewards", "watch"):
+            for name, row in summary[kind].items() if len(self.scorer.scorers) > 1 else ():
+                label, paired = f"{kind.removesuffix('s')} {name}", row["difference"]
+                error = f" ± {paired['stderr']:.4f}" if paired["stderr"] is not None else ""
+                means = f"{row['before']['mean']:10.4f}{row['after']['mean']:10.4f}{paired['mean']:+14.4f}{error}"
+                print(f"{label:16}{means}  {row['unit']}")
         print(f"\nreward is {summary['reward']}; clip_diversity also falls when wrong images vanish")
         print(f"LoRA: {lora}, reloaded into a stock pipeline: velocities equal to {difference:.1e}")
         print(f"look at {picture}")

@@ -17,8 +17,8 @@ from .flow import add_noise, seeded_noise, stratified_sigmas, velocity_target
 from .models.sd3 import SD3
 from .policy import Policy
 from .prompts import Prompt
-from .rewards.clip import ClipScorer
 from .rollout import sample
+from .scoring import Scoring
 from .seeds import epoch_prompts, generator_for, seed_for
 from .types import Batch, Condition, Rollout
 
@@ -40,7 +40,7 @@ class Trainer:
         accelerator: Accelerator,
         model: SD3,
         policy: Policy,
-        scorer: ClipScorer,
+        scorer: Scoring,
         prompts: list[Prompt],
         condition: Condition,
         negative: Condition | None = None,
@@ -73,6 +73,7 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(enabled=train.mixed_precision == "fp16" and model.device.type == "cuda")
         self.epoch = self.inner = self.update = 0
         self.rollout: Rollout | None = None
+        self.sampled: list[Rollout] = []  # the batches of an epoch that is not sampled to its end
         self.advantage = torch.zeros(0)
         self.stopped = False
 
@@ -111,8 +112,8 @@ class Trainer:
         prompt = torch.tensor(chosen).repeat_interleave(rollout.samples_per_prompt)[self.mine]
         numbers = range(self.samples)[self.mine]
         self.model.transformer.eval()
-        parts = []
-        for start in range(0, len(prompt), rollout.batch_size):
+        done = sum(len(part.prompt) for part in self.sampled)
+        for start in range(done, len(prompt), rollout.batch_size):
             if self.accelerator.num_processes == 1:
                 self._check_stop()
             rows = slice(start, start + rollout.batch_size)
@@ -131,13 +132,13 @@ class Trainer:
             )
             images = self.model.decode(clean, rollout.batch_size)
             prompts = [self.prompts[index] for index in prompt[rows].tolist()]
-            rewards = self.scorer(images, prompts)
-            parts.append(Rollout(prompt[rows], clean, rewards, (images * 255).round().to(torch.uint8).cpu()))
+            scores = self.scorer(images, prompts)
+            images = (images * 255).round().to(torch.uint8).cpu()
+            self.sampled.append(Rollout(prompt[rows], clean, self.scorer.total(scores), images, scores))
             progress("sampling", start + len(prompts), len(prompt))
-        self.rollout = Rollout(
-            *(torch.cat([getattr(p, f) for p in parts]) for f in ("prompt", "clean", "rewards", "images"))
-        )
-        rewards, prompts = (self._gather(x) for x in (self.rollout.rewards, prompt))
+        self.rollout, self.sampled = Rollout.cat(self.sampled), []
+        rewards = self.scorer.total({name: self._gather(values) for name, values in self.rollout.scores.items()})
+        self.rollout.rewards, prompts = rewards[self.mine], self._gather(prompt)
         advantage = self.advantages(rewards, prompts)
         self.spread = advantage.std(correction=0).item()
         clip = self.config.objective.clip
@@ -149,8 +150,10 @@ class Trainer:
         _, group = prompts.unique(return_inverse=True)
         size = torch.bincount(group)
         mean = torch.zeros(len(size)).index_add_(0, group, rewards) / size
+        scores = {name: self._gather(values) for name, values in rollout.scores.items()}
         return {
             "reward": rewards.mean().item(),
+            **self.scorer.means(scores),
             "reward_std": rewards.std(correction=0).item(),
             "reward_std_within_prompt": (rewards - mean[group]).square().mean().sqrt().item(),
             "advantage_std": self.spread,
@@ -251,8 +254,7 @@ class Trainer:
     def state_dict(self) -> dict[str, Any]:
         rollout = None
         if self.rollout is not None:
-            rollout = {"prompt": self.rollout.prompt, "clean": self.rollout.clean, "rewards": self.rollout.rewards}
-            rollout |= {"images": self.rollout.images, "advantage": self.advantage}
+            rollout = {**vars(self.rollout), "advantage": self.advantage}
             rollout |= {"spread": self.spread, "clip_rate": self.clip_rate}
         return {
             "progress": {"epoch": self.epoch, "inner": self.inner, "update": self.update},
@@ -262,6 +264,7 @@ class Trainer:
             "scaler": self.scaler.state_dict(),
             "advantages": self.advantages.state_dict(),
             "rollout": rollout,
+            "sampled": [vars(part) for part in self.sampled],
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -272,6 +275,7 @@ class Trainer:
         self.advantages.load_state_dict(state["advantages"])
         self.epoch, self.inner, self.update = (state["progress"][name] for name in ("epoch", "inner", "update"))
         if state["rollout"] is not None:
-            saved = state["rollout"]
-            self.rollout = Rollout(saved["prompt"], saved["clean"], saved["rewards"], saved["images"])
-            self.advantage, self.spread, self.clip_rate = saved["advantage"], saved["spread"], saved["clip_rate"]
+            saved = dict(state["rollout"])
+            self.advantage, self.spread, self.clip_rate = (saved.pop(n) for n in ("advantage", "spread", "clip_rate"))
+            self.rollout = Rollout(**saved)
+        self.sampled = [Rollout(**part) for part in state.get("sampled", [])]

@@ -13,7 +13,7 @@ Units: rewards in the reward's own (CLIP: 100 x cosine), images in [0, 1], drift
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -49,6 +49,13 @@ class Rollout:
     clean: Tensor  # (B, C, h, w) sampled latents
     rewards: Tensor  # (B,) float32, CPU
     images: Tensor | None = None  # (B, 3, H, W) uint8, CPU; only where somebody looks at them
+    scores: dict[str, Tensor] = field(default_factory=dict)  # each (B,): what the reward is made of, what is watched
+
+    @classmethod
+    def cat(cls, parts: list[Rollout]) -> Rollout:
+        names = ("prompt", "clean", "rewards", "images")
+        scores = {name: torch.cat([part.scores[name] for part in parts]) for name in parts[0].scores}
+        return cls(*(torch.cat([getattr(part, name) for part in parts]) for name in names), scores)
 
 
 @dataclass(frozen=True)
