@@ -107,10 +107,10 @@ class Scoring:
     def means(self, scores: Scores) -> dict[str, float]:
         return {key: values.mean().item() for key, values in scores.items()}
 
-    def compared(self, before: Scores, after: Scores, prompt: Tensor) -> dict[str, dict[str, Any]]:
+    def compared(self, before: Scores, after: Scores | None, prompt: Tensor) -> dict[str, dict[str, Any]]:
         """{"rewards": {NAME: {"before", "after", "difference", "unit"}}, "watch": ...}; scores (B,) paired by noise.
 
-        Each is a mean with its standard error, clustered by `prompt` (B,).
+        Each is a mean with its standard error, clustered by `prompt` (B,); None without `after`.
         """
         result: dict[str, dict[str, Any]] = {"rewards": {}, "watch": {}}
         for key, unit in self.units.items():
@@ -118,7 +118,7 @@ class Scoring:
             result["watch" if kind == "watch" else "rewards"][name] = {
                 "unit": unit,
                 "before": mean_and_stderr(before[key], prompt),
-                "after": mean_and_stderr(after[key], prompt),
-                "difference": paired_difference(before[key], after[key], prompt),
+                "after": mean_and_stderr(after[key], prompt) if after else None,
+                "difference": paired_difference(before[key], after[key], prompt) if after else None,
             }
         return result
