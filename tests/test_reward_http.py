@@ -168,7 +168,7 @@ def test_bodies_that_are_not_of_the_protocol():
     pickled = io.BytesIO()
     np.savez(pickled, images=np.array([{"a": 1}], dtype=object), prompts=np.array("[]"), allow_pickle=True)
     content = json.loads(good)
-    for data, kind in [
+    for data, sort in [
         (b"", kind),
         (b"[]", kind),
         (b"\x80\x04.", kind),

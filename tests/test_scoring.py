@@ -87,7 +87,7 @@ def test_options_follow_a_reward_into_a_mix_and_out_of_it(tmp_path):
         (["--watch", "shaped"], "unknown reward 'shaped'"),
         (["--reward", "none"], "unknown reward 'none'"),
         (["--reward", "clip=much"], "'clip=much'; write NAME=WEIGHT"),
-        (["--reward", "clip,jpeg", "--reward.model", "x"], "did you mean --reward.clip.model?"),
+        (["--reward", "clip,jpeg", "--reward.model", "x"], "or --reward.clip.model?"),
         (["--reward", "clip,jpeg", "--reward.jpeg.target", "x"], "reward.jpeg.target is 'x'"),
         (["--reward", "clip,jpeg", "--reward.normalise", "all"], "it must be one of none, batch"),
         (["--watch.model", "x"], "unknown option --watch.model"),
