@@ -168,7 +168,7 @@ def test_bodies_that_are_not_of_the_protocol():
     pickled = io.BytesIO()
     np.savez(pickled, images=np.array([{"a": 1}], dtype=object), prompts=np.array("[]"), allow_pickle=True)
     content = json.loads(good)
-    for data, sort in [
+    for body, sort in [
         (b"", kind),
         (b"[]", kind),
         (b"\x80\x04.", kind),
@@ -179,7 +179,7 @@ def test_bodies_that_are_not_of_the_protocol():
         (json.dumps({**content, "prompts": [{"prompt": "a"}]}).encode(), kind),
     ]:
         with pytest.raises(_protocol.ProtocolError):
-            _protocol.decode_request(data, kind)
+            _protocol.decode_request(body, sort)
     plain = json.dumps({**content, "prompts": ["a cat"]}).encode()
     assert _protocol.decode_request(plain, "application/json; charset=utf-8")[1] == [Prompt("a cat")]
 
