@@ -136,7 +136,9 @@ class Run:
         """The base on the test prompts, measured once per run."""
         path = self.folder / "before.pt"
         if self.resumed and path.exists():
-            return Measurement(**torch.load(path, weights_only=True))
+            before = Measurement(**torch.load(path, weights_only=True))
+            if before.scores.keys() == self.scorer.scorers.keys():  # else another reward is optimised or watched now
+                return before
         with self.policy.reference():
             before = self._measure(None, "before")
         if self.main:
