@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 import time
 from collections.abc import Sequence
@@ -32,8 +33,6 @@ OPTIONS = {  # ours -> the option of a training run that it sets
     "width": ("rollout.width", "pixels"),
     "max_sequence_length": ("rollout.max_sequence_length", "T5 tokens; as in training"),
     "mixed_precision": ("train.mixed_precision", "no, fp16 or bf16"),
-    "reward.model": ("reward.model", '"shapes", a folder in open_clip\'s format, or an open_clip name'),
-    "reward.pretrained": ("reward.pretrained", "with a name: its tag, or a weight file"),
 }
 RESULT = "evaluation.json"
 
@@ -48,7 +47,9 @@ def parse(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, Config
     parser.add_argument("--output_dir", type=Path, help="none: a new dated folder under runs/")
     for name, (_, text) in OPTIONS.items():
         parser.add_argument(f"--{name}", help=text)
+    argv = list(sys.argv[1:] if argv is None else argv)
     args, unknown = parser.parse_known_args(argv)
+    rewards, unknown = _reward_options(unknown)
     if unknown:
         names = [*OPTIONS, "lora", "prompts", "output_dir"]
         parser.error(f"unknown option {unknown[0]}{cli.nearest(unknown[0].lstrip('-'), names, '--')}")
@@ -56,7 +57,19 @@ def parse(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, Config
     if args.lora and "config" not in given:
         if run := run_of(args.lora):
             given["config"] = str(run / "config.yaml")
-    return args, cli.parse([f"--{name}={value}" for name, value in given.items()])
+    return args, cli.parse([f"--{name}={value}" for name, value in given.items()] + rewards)
+
+
+def _reward_options(words: list[str]) -> tuple[list[str], list[str]]:
+    """(those of --reward and --watch, which are the training's own; the others)."""
+    rewards: list[str] = []
+    others: list[str] = []
+    mine = False
+    for word in words:
+        if word.startswith("--"):
+            mine = re.match(r"--(reward|watch|reward_timeout|reward_retries)\b(?!_)", word) is not None
+        (rewards if mine else others).append(word)
+    return rewards, others
 
 
 def choose_prompts(config: Config, file: str | None) -> tuple[list[Prompt], dict[str, Any]]:
@@ -93,11 +106,12 @@ def run(args: argparse.Namespace, config: Config) -> Path:
 
     from sd3_adrpo import evaluation
     from sd3_adrpo.loading import load_lora, load_model
+    from sd3_adrpo.scoring import Scoring
 
     rollout, model = config.rollout, load_model(config)
     path = load_lora(model, args.lora) if args.lora else None
     policy = evaluation.LoadedLora(model) if path else None
-    scorer = config.reward.load(model.device)
+    scorer = Scoring.load(config, model.device)
     condition, negative = evaluation.encode_prompts(model, prompts, config.eval.guidance_scale)
     model.drop_text_encoders()
 
@@ -115,6 +129,7 @@ def run(args: argparse.Namespace, config: Config) -> Path:
         "settings": {**vars(config.eval), "height": rollout.height, "width": rollout.width},
         "seconds": round(time.monotonic() - started, 1),
         **measured.summary(),
+        **scorer.compared(measured.before.scores, getattr(measured.after, "scores", None), measured.before.prompt),
     }
     folder.mkdir(parents=True, exist_ok=True)
     picture = measured.save_picture(folder)

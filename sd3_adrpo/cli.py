@@ -1,7 +1,8 @@
 """The command line and YAML files to a `Config`; what is misspelt or ill-typed stops here, before anything heavy loads.
 
 Later wins: defaults of config.py < preset of the model < each --config in turn < the command line. `--objective NAME`
-stands for `--objective.name NAME` and picks the dataclass in objectives/NAME.py; `--reward` likewise.
+stands for `--objective.name NAME` and picks the dataclass in objectives/NAME.py; `--reward` likewise, or several with
+`--reward clip=1.0,ocr=0.5`, whose options are `--reward.clip.model` and so on. `--watch` takes what `--reward` takes.
 """
 
 from __future__ import annotations
@@ -21,10 +22,12 @@ import yaml
 
 from . import objectives, rewards
 from .config import Config
+from .errors import UserError
 from .option_help import first_line, option_help
+from .rewards._mixed import MixedReward, NoReward, is_mixed, parse_weights
 
 PRESETS_DIR = Path(__file__).parent / "presets"
-KINDS = {"objective": objectives, "reward": rewards}  # options that pick a dataclass by name
+KINDS = {"objective": objectives, "reward": rewards, "watch": rewards}  # options that pick a dataclass by name
 METAVARS = {int: "N", float: "X", str: "TEXT", str | None: "TEXT", float | None: "X"}
 CONFIG_HELP = "YAML file of options, or a preset's name; may be repeated"
 
@@ -46,7 +49,7 @@ def parse(argv: Sequence[str] | None = None) -> Config:
     shorts = "|".join(KINDS)
     argv = [re.sub(rf"^--({shorts})(=|$)", r"--\1.name\2", word) for word in (sys.argv[1:] if argv is None else argv)]
     layers = _layers(argv)
-    chosen = {kind: _choose(kind, layers, argv) for kind in KINDS}
+    chosen = {section: cls for kind in KINDS for section, cls in _choose(kind, layers, argv).items()}
     parser, types = _parser(chosen)
     _refuse_unknown(argv, types)
     for where, layer in layers:
@@ -58,15 +61,18 @@ def parse(argv: Sequence[str] | None = None) -> Config:
     values = _validate(lambda: parser.parse_args(argv), types, "command line").as_dict()
     values.pop("config")
     try:
-        parts = {name: cls(**values[name]) for name, cls in {**_sections(), **chosen}.items()}
-        return Config(**{**values, **parts})
+        return Config(**{**values, **_build({**_sections(), **chosen}, values)})
     except ValueError as error:
         _fail(str(error))
 
 
 def dump(config: Config) -> str:
     """YAML of every option; `--config` of it gives an equal Config."""
-    return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True)
+    values = dataclasses.asdict(config)
+    for kind in KINDS:
+        for name, part in values[kind].pop("parts", {}).items():
+            values[kind][name] = {option: value for option, value in part.items() if option != "name"}
+    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
 
 
 def presets() -> list[str]:
@@ -121,7 +127,7 @@ def _read(file: str) -> tuple[str, Layer]:
     for key, value in (content or {}).items():
         section = key in KINDS or key in _sections()
         if isinstance(value, dict) or (section and value is None):
-            layer |= {f"{key}.{name}": entry for name, entry in (value or {}).items()}
+            layer |= _section(key, value or {})
         elif key in KINDS:
             layer[f"{key}.name"] = value
         elif section:
@@ -131,27 +137,84 @@ def _read(file: str) -> tuple[str, Layer]:
     return str(path), layer
 
 
-def _choose(kind: str, layers: list[tuple[str, Layer]], argv: list[str]) -> type:
-    """The dataclass that the strongest layer names. Options that weaker layers give to another one are dropped."""
+def _section(key: str, values: dict[str, Any]) -> Layer:
+    """Dotted options of one section. Of a reward also `{clip: 1.0, ocr: 0.5}` and, by name, the options of each."""
+    if KINDS.get(key) is rewards and values and all(isinstance(value, int | float) for value in values.values()):
+        if values.keys() <= set(available(key)):
+            return {f"{key}.name": ",".join(f"{name}={weight}" for name, weight in values.items())}
+    layer: Layer = {}
+    for name, value in values.items():
+        inner = value if isinstance(value, dict) and key in KINDS else {"": value}
+        layer |= {".".join(filter(None, (key, name, option))): entry for option, entry in inner.items()}
+    return layer
+
+
+def _choose(kind: str, layers: list[tuple[str, Layer]], argv: list[str]) -> dict[str, type]:
+    """The dataclasses, by section, that the strongest layer names. Options that weaker layers give to others go."""
     name, owners = getattr(Config(), kind).name, []
     for _, layer in layers:
         name = layer.get(f"{kind}.name", name)
         owners.append(name)
     name = (_given(argv, f"{kind}.name") or [name])[-1]
-    if name not in available(kind):
-        where = "".join(f" (from {where})" for where, layer in layers if layer.get(f"{kind}.name") == name)
-        _fail(
-            f"unknown {kind} {name!r}{where}; available: {', '.join(available(kind))}{nearest(name, available(kind))}"
-        )
+    names = _names(kind, name)
+    allowed = [*available(kind), *(["none"] if kind == "watch" else [])]
+    for one in names:
+        if one not in allowed:
+            where = "".join(f" (from {where})" for where, layer in layers if layer.get(f"{kind}.name") == name)
+            known = KINDS[kind].__name__.rpartition(".")[2].removesuffix("s")
+            _fail(f"unknown {known} {one!r}{where}; available: {', '.join(allowed)}{nearest(one, allowed)}")
     for (_, layer), owner in zip(layers, owners, strict=True):
         if owner != name:
-            for key in [key for key in layer if key.startswith(f"{kind}.")]:
-                del layer[key]
+            _hand_over(kind, layer, owner, name)
+    if not is_mixed(name) or KINDS[kind] is not rewards:
+        return {kind: NoReward if name == "none" else _dataclass(kind, name)}
+    return {kind: MixedReward, **{f"{kind}.{one}": _dataclass(kind, one) for one in names}}
+
+
+def _names(kind: str, name: str) -> list[str]:
+    """The files that a choice names: several of `clip=1.0,ocr=0.5`."""
+    if KINDS[kind] is not rewards or not is_mixed(name):
+        return [name]
+    try:
+        return list(parse_weights(name))
+    except UserError as error:
+        _fail(str(error))
+
+
+def _hand_over(kind: str, layer: Layer, owner: str, name: str) -> None:
+    """Keeps the options in `layer`, given to `owner`, that also belong to `name`, under the names they have there."""
+    names, mixed = _names(kind, name), is_mixed(name)
+    for key in [key for key in layer if key.startswith(f"{kind}.")]:
+        value, option = layer.pop(key), key.removeprefix(f"{kind}.")
+        part, dot, rest = option.partition(".")
+        if not is_mixed(owner):
+            part, dot, rest = owner, ".", option
+        if part in names and dot and rest != "name":
+            layer[f"{kind}.{part}.{rest}" if mixed else f"{kind}.{rest}"] = value
+        elif not dot and mixed and part != "name":  # an option of the mix itself
+            layer[key] = value
+
+
+def _dataclass(kind: str, name: str) -> type:
     module = importlib.import_module(f"{KINDS[kind].__name__}.{name}")
     for cls in vars(module).values():
         if dataclasses.is_dataclass(cls) and cls.__module__ == module.__name__ and getattr(cls, "name", None) == name:
             return cls
     raise TypeError(f'{module.__file__} has no dataclass with the field `name: Literal["{name}"] = "{name}"`')
+
+
+def _build(classes: dict[str, type], values: dict[str, Any]) -> dict[str, Any]:
+    """The dataclasses of the top-level sections, from the parsed options."""
+    built = {}
+    for section, cls in classes.items():
+        if "." not in section:
+            prefix = f"{section}."
+            parts = {name.removeprefix(prefix): part for name, part in classes.items() if name.startswith(prefix)}
+            own = {name: value for name, value in values[section].items() if name not in parts}
+            if parts:
+                own["parts"] = {name: part(**values[section].get(name, {})) for name, part in parts.items()}
+            built[section] = cls(**own)
+    return built
 
 
 def _sections() -> dict[str, type]:
@@ -171,7 +234,9 @@ def _parser(chosen: dict[str, type]) -> tuple[jsonargparse.ArgumentParser, dict[
         group = parser.add_argument_group(section, first_line(cls) or None) if section else parser
         hints, comments = get_type_hints(cls), option_help(cls)
         for field in dataclasses.fields(cls):
-            if field.name in KINDS or dataclasses.is_dataclass(hints[field.name]):
+            if field.name in KINDS or field.name == "parts" or dataclasses.is_dataclass(hints[field.name]):
+                continue
+            if "." in section and field.name == "name":  # said by the name of the mix
                 continue
             key = f"{section}.{field.name}" if section else field.name
             types[key] = hints[field.name]
@@ -180,6 +245,7 @@ def _parser(chosen: dict[str, type]) -> tuple[jsonargparse.ArgumentParser, dict[
             text = comments.get(field.name) or field.name.replace("_", " ")
             if section in KINDS and field.name == "name":
                 text = f"--{section} NAME for short, one of: {', '.join(available(section))}"
+                text += "; or several, NAME=WEIGHT,NAME=WEIGHT" if KINDS[section] is rewards else ""
             more = {"nargs": "?", "const": True} if types[key] is bool else {}
             if types[key] in METAVARS:
                 more["metavar"] = METAVARS[types[key]]
@@ -227,8 +293,11 @@ def _validate(
 def _nest(layer: Layer) -> dict[str, Any]:
     nested: dict[str, Any] = {}
     for key, value in layer.items():
-        section, _, name = key.rpartition(".")
-        (nested.setdefault(section, {}) if section else nested)[name] = value
+        *sections, name = key.split(".")
+        inner = nested
+        for section in sections:
+            inner = inner.setdefault(section, {})
+        inner[name] = value
     return nested
 
 

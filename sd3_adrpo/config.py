@@ -11,6 +11,7 @@ from typing import Literal
 
 from .objective import Objective
 from .objectives.adrpo import Adrpo
+from .rewards._mixed import NoReward
 from .rewards.clip import ClipReward
 
 
@@ -88,8 +89,11 @@ class Config:
     output_dir: str | None = None  # None: a new dated folder under runs/
     resume_from_checkpoint: str | None = None  # a checkpoint folder, a run folder, or "latest"
     dry_run: bool = False  # check everything, print the plan and stop
+    reward_timeout: float = 600.0  # seconds that a reward may take for one batch; 0: as long as it likes
+    reward_retries: int = 2  # times that a reward which raised is called again, after 1 s, 2 s, ...
     objective: Objective = field(default_factory=Adrpo)  # what is minimised
     reward: ClipReward = field(default_factory=ClipReward)  # what is maximised
+    watch: NoReward = field(default_factory=NoReward)  # what is only watched
     rollout: RolloutConfig = field(default_factory=RolloutConfig)  # how images are sampled
     train: TrainConfig = field(default_factory=TrainConfig)  # how they are learnt from
     lora: LoraConfig = field(default_factory=LoraConfig)  # what is trained

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +22,9 @@ from .metrics import clip_diversity, mean_and_stderr, paired_difference, w2_drif
 from .models.sd3 import SD3
 from .policy import Policy
 from .prompts import Prompt
-from .rewards.clip import ClipScorer, quantise
+from .rewards._images import quantise
 from .rollout import sample
+from .scoring import Scores, Scoring
 from .seeds import seed_for
 from .types import Condition
 
@@ -56,6 +57,7 @@ class Measurement:
     clip_diversity: Tensor  # (N,) mean pairwise 1 - cosine; NaN for K = 1
     free_diversity: Tensor  # (N,) of right images, relative to drawn ones; NaN with under two right images
     free_diversity_mean: float | None  # over all prompts, each weighted by its drawn images' diversity
+    scores: Scores = field(default_factory=dict)  # each (B,): what the reward is made of, and what is only watched
 
     def summary(self) -> dict[str, float | None]:
         """Means by metric, None where one does not apply."""
@@ -110,7 +112,7 @@ def encode_prompts(model: SD3, prompts: Sequence[Prompt], guidance_scale: float)
 def measure(
     policy: Policy | None,
     model: SD3,
-    scorer: ClipScorer,
+    scorer: Scoring | Any,
     prompts: Sequence[Prompt],
     config: EvalConfig,
     height: int,
@@ -120,20 +122,24 @@ def measure(
     negative: Condition | None = None,
     shift: float | None = None,
     solver: str = "euler",
+    reference: Measurement | None = None,
     progress: Progress | None = None,
 ) -> Measurement:
     """Measures the model's weights as they are: drift is against `policy.reference()`, and 0 without a policy.
 
     For the base of a policy: `with policy.reference(): measure(None, ...)`. An image's noise comes from `config.seed`,
     its prompt's text and its number, whatever else is in the file. `condition` (N rows) and `negative` spare the text
-    encoders. UserError for a size that the model has not.
+    encoders. A normalised reward is in the units of `reference`, the measurement that this one is compared with.
+    UserError for a size that the model has not.
     """
+    scoring = scorer if isinstance(scorer, Scoring) else Scoring({"reward": scorer})
     if condition is None:
         condition, negative = encode_prompts(model, prompts, config.guidance_scale)
     shape, sigmas = model.latent_shape(height, width), model.sigmas(config.num_inference_steps, shift, height, width)
     number = config.samples_per_prompt
     index = torch.arange(len(prompts)).repeat_interleave(number)
-    texts = [prompt.text for prompt in prompts for _ in range(number)]
+    repeated = [prompt for prompt in prompts for _ in range(number)]
+    texts = [prompt.text for prompt in repeated]
     seeds = [seed_for(config.seed, "evaluation", text, row % number) for row, text in enumerate(texts)]
     training = model.transformer.training
     model.transformer.eval()
@@ -145,27 +151,30 @@ def measure(
             model, condition, index[rows], seeds[rows], sigmas, shape, batch_size=config.batch_size, **options
         )
         images = model.decode(clean, config.batch_size)
-        embeddings = scorer.embed_images(images)
+        scores, embeddings = scoring.with_embeddings(images, repeated[rows])
         drift = torch.zeros(len(clean))
         if policy is not None:
             drift = w2_drift(policy, clean, condition, index[rows], seeds[rows], batch_size=config.batch_size)
-        parts.append((quantise(images).cpu(), embeddings.cpu(), scorer.score(embeddings, texts[rows]), drift))
+        embeddings = torch.full((len(clean), 1), float("nan")) if embeddings is None else embeddings.cpu()
+        parts.append((quantise(images).cpu(), embeddings, drift, *scores.values()))
         if progress:
             progress(min(start + config.batch_size, len(texts)), len(texts))
     model.transformer.train(training)
-    images, embeddings, reward, drift = (torch.cat(part) for part in zip(*parts, strict=True))
+    images, embeddings, drift, *values = (torch.cat(part) for part in zip(*parts, strict=True))
+    scores = dict(zip(scoring.scorers, values, strict=True))
     accuracy, free, free_mean = _verify(images, texts, number)
     return Measurement(
         prompts=[prompt.text for prompt in prompts],
         categories=[prompt.category for prompt in prompts],
         prompt=index,
         images=images,
-        reward=reward,
+        reward=scoring.total(scores, reference.scores if reference else None),
         accuracy=accuracy,
         w2_drift=drift,
         clip_diversity=clip_diversity(embeddings, index),
         free_diversity=free,
         free_diversity_mean=free_mean,
+        scores=scores,
     )
 
 
@@ -191,7 +200,7 @@ def _verify(images: Tensor, texts: Sequence[str], number: int) -> tuple[Tensor, 
 def evaluate(
     policy: Policy | None,
     model: SD3,
-    scorer: ClipScorer,
+    scorer: Scoring | Any,
     prompts: Sequence[Prompt],
     config: EvalConfig,
     height: int,
@@ -208,14 +217,14 @@ def evaluate(
     if options.get("condition") is None:
         options["condition"], options["negative"] = encode_prompts(model, prompts, config.guidance_scale)
 
-    def run(weights: Policy | None, phase: str) -> Measurement:
-        callback = progress(phase) if progress else None
-        return measure(weights, model, scorer, prompts, config, height, width, progress=callback, **options)
+    def run(weights: Policy | None, phase: str, reference: Measurement | None = None) -> Measurement:
+        options["progress"] = progress(phase) if progress else None
+        return measure(weights, model, scorer, prompts, config, height, width, reference=reference, **options)
 
     if before is None:
         with policy.reference() if policy else nullcontext():
             before = run(None, "before")
-    return Evaluation(before, run(policy, "after") if policy else None)
+    return Evaluation(before, run(policy, "after", before) if policy else None)
 
 
 def compare(before: Measurement, after: Measurement | None) -> dict[str, Any]:

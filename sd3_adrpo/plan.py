@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from . import prompts as prompt_files
-from . import shapes
 from .checkpoint import find_checkpoint
 from .config import Config
 from .errors import UserError
@@ -54,7 +53,8 @@ def check(config: Config) -> Plan:
         ("prompts", _describe(description["train"])),
         ("test prompts", _describe(description["test"])),
         ("model", _describe_model(model)),
-        ("reward", _check_reward(config.reward)),
+        ("reward", _check_reward(config.reward, train + test)),
+        *([] if config.watch.name == "none" else [("watch", _check_reward(config.watch, train + test))]),
         ("objective", str(config.objective)),
         ("LoRA", f"rank {config.lora.rank}, alpha {config.lora.alpha:g}" + (f", {lora:,} weights" if lora else "")),
         ("epoch", _work(config)),
@@ -129,22 +129,11 @@ def _output(config: Config) -> Path | None:
     return folder
 
 
-def _check_reward(reward: Any) -> str:
-    """One line about it; raises UserError when its model is not there."""
-    if hasattr(reward, "check"):
-        return reward.check()
-    if reward.name != "clip":
-        return str(reward)
-    if reward.model == "shapes":
-        if not (shapes.CLIP_DIR / "open_clip_config.json").is_file():
-            raise UserError(
-                f"the built-in CLIP's weights are not in {shapes.CLIP_DIR}: get them with the repository, or make them "
-                "with `python -m sd3_adrpo.shapes.pretrain`; or give another reward.model"
-            )
-        return "100 x cosine, built-in CLIP"
-    import open_clip  # late: takes seconds
-
-    return f"100 x cosine, {reward._source(open_clip)[1]}"
+def _check_reward(reward: Any, prompts: list[Prompt]) -> str:
+    """One line about it; raises UserError when its model is not there or it cannot judge the prompts."""
+    if hasattr(reward, "check_prompts"):
+        reward.check_prompts(prompts)
+    return reward.describe()
 
 
 def _describe(part: dict[str, Any]) -> str:

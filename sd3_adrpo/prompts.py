@@ -2,7 +2,8 @@
 
     .txt         one prompt a line
     .csv .tsv    a header with `prompt` or `prompts` (any case), optionally `category` and `negative_prompt`
-    .jsonl       an object a line with `prompt`, optionally `negative_prompt` and `category`; GenEval's records too
+    .jsonl       an object a line with `prompt`, optionally `negative_prompt`, `category` and `text` (what is to be
+                 read in the image); GenEval's records too
     .json        a list of strings, or of such objects
 
 Text is UTF-8, with or without a byte order mark. What makes a file unusable raises `PromptFileError`; blank lines and
@@ -38,7 +39,7 @@ class Prompt:
     text: str
     category: str | None = None
     negative: str | None = None
-    metadata: dict | None = field(default=None, hash=False)  # GenEval's whole record
+    metadata: dict | None = field(default=None, hash=False)  # the whole record, where it has more: GenEval's, or a text
 
 
 Rows = Iterator[tuple[int, Prompt]]  # line number from 1, and its prompt, whose text is empty for a blank line
@@ -229,8 +230,10 @@ def _from_json(value: object, line: int) -> Prompt:
         if not isinstance(entry, str) and (entry is not None or name == "prompt"):
             raise PromptFileError(f"line {line}: {name} is {entry!r}; allowed is a string: put it into quotes")
     prompt, category, negative = (entry.strip() if entry else None for entry in texts)
-    return Prompt(prompt or "", category or None, negative or None, record if "tag" in record else None)
+    return Prompt(prompt or "", category or None, negative or None, record if record.keys() - KNOWN else None)
 
+
+KNOWN = {"prompt", "category", "negative_prompt"}  # what has a field of its own
 
 READERS: dict[str, Callable[[str], Rows]] = {
     ".txt": _read_txt,

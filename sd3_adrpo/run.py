@@ -28,6 +28,7 @@ from .export import model_card, save_lora, verify_lora
 from .models.sd3 import SD3
 from .plan import Plan
 from .policy import Policy
+from .scoring import Scoring
 from .trainer import Interrupted, Trainer
 
 logging.getLogger("diffusers.loaders.lora_base").setLevel(logging.ERROR)  # a LoRA has no text encoder part: no news
@@ -95,7 +96,7 @@ class Run:
         dtype = DTYPES[config.train.mixed_precision]
         self.model = SD3.load(config.model, dtype, self.accelerator.device, rollout.max_sequence_length)
         self.model.latent_shape(rollout.height, rollout.width)  # an impossible size is said here, before the rest loads
-        self.scorer = config.reward.load(self.accelerator.device)
+        self.scorer = Scoring.load(config, self.accelerator.device)
         condition, negative = encode_prompts(self.model, self.plan.train, rollout.guidance_scale)
         self.test = encode_prompts(self.model, self.plan.test, config.eval.guidance_scale)
         again = self.model.encode([self.plan.train[-1].text])  # alone, not in the cache's batch
@@ -103,14 +104,13 @@ class Run:
             raise UserError("the cached prompt embeddings differ from the text encoder's: nothing was trained")
         self.model.drop_text_encoders()
         self.policy = Policy(self.model, config.lora, config.train.gradient_checkpointing)
-        prompts = [prompt.text for prompt in self.plan.train]
         self.trainer = Trainer(
-            config, self.accelerator, self.model, self.policy, self.scorer, prompts, condition, negative
+            config, self.accelerator, self.model, self.policy, self.scorer, self.plan.train, condition, negative
         )
 
     # measuring
 
-    def _measure(self, policy: Policy | None, name: str) -> Measurement:
+    def _measure(self, policy: Policy | None, name: str, reference: Measurement | None = None) -> Measurement:
         total = len(self.plan.test) * self.config.eval.samples_per_prompt
         with tqdm(total=total, desc=name, unit="img", disable=not self.main, dynamic_ncols=True) as bar:
             rollout = self.config.rollout
@@ -125,6 +125,7 @@ class Run:
                 condition=self.test[0],
                 negative=self.test[1],
                 shift=rollout.shift,
+                reference=reference,
                 progress=lambda done, _: bar.update(done - bar.n),
             )
 
@@ -132,7 +133,9 @@ class Run:
         """The base on the test prompts, measured once per run."""
         path = self.folder / "before.pt"
         if self.resumed and path.exists():
-            return Measurement(**torch.load(path, weights_only=True))
+            before = Measurement(**torch.load(path, weights_only=True))
+            if before.scores.keys() == self.scorer.scorers.keys():  # else another reward is optimised or watched now
+                return before
         with self.policy.reference():
             before = self._measure(None, "before")
         if self.main:
@@ -155,7 +158,7 @@ class Run:
             metrics |= self._accuracy() | {"seconds": time.monotonic() - started}
             metrics["images_per_second"] = self.trainer.samples / metrics["seconds"]
             metrics |= {name: updates[-1][name] for name in ("w2", "velocity_norm_ratio") if name in updates[-1]}
-            shown = {k: f"{metrics[k]:.3f}" for k in ("reward", "accuracy", "w2", "images_per_second") if k in metrics}
+            shown = {k: f"{metrics[k]:.3f}" for k in self._shown(metrics)}
             bar.set_postfix(shown)
         self._log(epoch, metrics, updates)
         last = self.trainer.epoch == self.config.epochs
@@ -171,6 +174,12 @@ class Run:
         if self.main:
             with open(self.folder / "metrics.jsonl", "a") as file:
                 file.write(json.dumps({"kind": "evaluation", "epoch": self.trainer.epoch, **summary}) + "\n")
+
+    def _shown(self, metrics: dict[str, float]) -> list[str]:
+        """What the bar shows: every score where there are several."""
+        scores = list(self.scorer.scorers) if len(self.scorer.scorers) > 1 else []
+        names = ["reward", *scores, "accuracy", "w2", "images_per_second"]
+        return [name for name in names if name in metrics]
 
     def _accuracy(self) -> dict[str, float]:
         """Of the epoch's own samples, where the prompts are of the built-in world."""
@@ -228,7 +237,7 @@ class Run:
             self.accelerator.init_trackers("tensorboard")
 
     def _finish(self, before: Measurement) -> dict[str, Any]:
-        after = self._measure(self.policy, "after")
+        after = self._measure(self.policy, "after", before)
         summary = {
             "objective": self.config.objective.name,
             "seed": self.config.seed,
@@ -239,6 +248,7 @@ class Run:
             "reward": f"{self.scorer.unit}, {self.scorer.encoder}",
             "test_prompts": self.plan.description["test"],
             **compare(before, after),
+            **self.scorer.compared(before.scores, after.scores, before.prompt),
         }
         if not self.main:
             return summary
@@ -279,6 +289,12 @@ class Run:
                 paired = summary["difference"][name]
                 error = f" ± {paired['stderr']:.4f}" if paired["stderr"] is not None else ""
                 print(f"{name:16}{before:10.4f}{summary['after'][name]:10.4f}{paired['mean']:+14.4f}{error}")
+        for kind in ("rewards", "watch"):
+            for name, row in summary[kind].items() if len(self.scorer.scorers) > 1 else ():
+                label, paired = f"{kind.removesuffix('s')} {name}", row["difference"]
+                error = f" ± {paired['stderr']:.4f}" if paired["stderr"] is not None else ""
+                means = f"{row['before']['mean']:10.4f}{row['after']['mean']:10.4f}{paired['mean']:+14.4f}{error}"
+                print(f"{label:16}{means}  {row['unit']}")
         print(f"\nreward is {summary['reward']}; clip_diversity also falls when wrong images vanish")
         print(f"LoRA: {lora}, reloaded into a stock pipeline: velocities equal to {difference:.1e}")
         print(f"look at {picture}")

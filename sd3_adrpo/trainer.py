@@ -17,8 +17,9 @@ from .draws import Draws, fresh_noise, path_steps
 from .errors import UserError
 from .models.sd3 import SD3
 from .policy import Policy
-from .rewards.clip import ClipScorer
+from .prompts import Prompt
 from .rollout import sample, sample_path
+from .scoring import Scoring
 from .seeds import epoch_prompts, generator_for, seed_for
 from .types import Condition, Rollout
 
@@ -40,8 +41,8 @@ class Trainer:
         accelerator: Accelerator,
         model: SD3,
         policy: Policy,
-        scorer: ClipScorer,
-        prompts: list[str],
+        scorer: Scoring,
+        prompts: list[Prompt],
         condition: Condition,
         negative: Condition | None = None,
     ) -> None:
@@ -75,6 +76,7 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(enabled=train.mixed_precision == "fp16" and model.device.type == "cuda")
         self.epoch = self.inner = self.update = 0
         self.rollout: Rollout | None = None
+        self.sampled: list[Rollout] = []  # the batches of an epoch that is not sampled to its end
         self.advantage = torch.zeros(0)
         self.stopped = False
 
@@ -127,7 +129,7 @@ class Trainer:
             logs += self._update_pass(progress)
             self.inner, self.update = self.inner + 1, 0
         metrics = self._rollout_metrics(self.rollout)
-        self.last_images = self.rollout.images, [self.prompts[index] for index in self.rollout.prompt.tolist()]
+        self.last_images = self.rollout.images, [self.prompts[index].text for index in self.rollout.prompt.tolist()]
         self.epoch, self.inner, self.rollout = self.epoch + 1, 0, None
         updates = self.epoch * self.config.train.inner_epochs * self.updates_per_pass
         decay = self.objective.old_decay(self.epoch, updates)
@@ -144,26 +146,24 @@ class Trainer:
         prompt = torch.tensor(chosen).repeat_interleave(rollout.samples_per_prompt)[self.mine]
         numbers = range(self.samples)[self.mine]
         self.model.transformer.eval()
-        parts = []
-        for start in range(0, len(prompt), rollout.batch_size):
+        done = sum(len(part.prompt) for part in self.sampled)
+        for start in range(done, len(prompt), rollout.batch_size):
             if self.accelerator.num_processes == 1:
                 self._check_stop()
             rows = slice(start, start + rollout.batch_size)
             seeds = [seed_for(self.config.seed, "rollout", self.epoch, number) for number in numbers[rows]]
             clean, path, velocity = self._latents(prompt[rows], seeds)
             images = self.model.decode(clean, rollout.batch_size)
-            texts = [self.prompts[index] for index in prompt[rows].tolist()]
-            rewards = self.scorer(images, texts)
+            prompts = [self.prompts[index] for index in prompt[rows].tolist()]
+            scores = self.scorer(images, prompts)
             pixels = (images * 255).round().to(torch.uint8).cpu()
-            parts.append(Rollout(prompt[rows], clean, rewards, pixels, path, velocity))
-            progress("sampling", start + len(texts), len(prompt))
-        self.rollout = Rollout(
-            *(
-                torch.cat(values) if values[0] is not None else None
-                for values in zip(*(vars(part).values() for part in parts), strict=True)
-            )
-        )
-        advantage = self.advantages(self._gather(self.rollout.rewards), self._gather(prompt))
+            total = self.scorer.total(scores)
+            self.sampled.append(Rollout(prompt[rows], clean, total, pixels, scores, path, velocity))
+            progress("sampling", start + len(prompts), len(prompt))
+        self.rollout, self.sampled = Rollout.cat(self.sampled), []
+        rewards = self.scorer.total({name: self._gather(values) for name, values in self.rollout.scores.items()})
+        self.rollout.rewards = rewards[self.mine]
+        advantage = self.advantages(rewards, self._gather(prompt))
         weight, self.weighing = self.objective.weigh(advantage)
         self.weighing["advantage_std"] = advantage.std(correction=0).item()
         self.advantage = weight[self.mine]
@@ -198,8 +198,10 @@ class Trainer:
         _, group = prompts.unique(return_inverse=True)
         size = torch.bincount(group)
         mean = torch.zeros(len(size)).index_add_(0, group, rewards) / size
+        scores = {name: self._gather(values) for name, values in rollout.scores.items()}
         return {
             "reward": rewards.mean().item(),
+            **self.scorer.means(scores),
             "reward_std": rewards.std(correction=0).item(),
             "reward_std_within_prompt": (rewards - mean[group]).square().mean().sqrt().item(),
             "learning_rate": self.scheduler.get_last_lr()[0],
@@ -295,6 +297,7 @@ class Trainer:
             "scaler": self.scaler.state_dict(),
             "advantages": self.advantages.state_dict(),
             "rollout": rollout,
+            "sampled": [vars(part) for part in self.sampled],
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -309,3 +312,4 @@ class Trainer:
             saved = dict(state["rollout"])
             self.advantage, self.weighing = saved.pop("advantage"), saved.pop("weighing")
             self.rollout = Rollout(**saved)
+        self.sampled = [Rollout(**part) for part in state.get("sampled", [])]

@@ -13,7 +13,7 @@ Units: rewards in the reward's own (CLIP: 100 x cosine), images in [0, 1], drift
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -49,8 +49,19 @@ class Rollout:
     clean: Tensor  # (B, C, h, w) sampled latents
     rewards: Tensor  # (B,) float32, CPU
     images: Tensor | None = None  # (B, 3, H, W) uint8, CPU; only where somebody looks at them
+    scores: dict[str, Tensor] = field(default_factory=dict)  # each (B,): what the reward is made of, what is watched
     path: Tensor | None = None  # (B, S + 1, C, h, w) every state of the stochastic sampler, noise first
     velocity: Tensor | None = None  # (B, S, C, h, w) along the path, of the policy that sampled
+
+    @classmethod
+    def cat(cls, parts: list[Rollout]) -> Rollout:
+        def join(name: str) -> Tensor | None:
+            values = [getattr(part, name) for part in parts]
+            return None if values[0] is None else torch.cat(values)
+
+        scores = {name: torch.cat([part.scores[name] for part in parts]) for name in parts[0].scores}
+        others = {name: join(name) for name in ("prompt", "clean", "rewards", "images", "path", "velocity")}
+        return cls(scores=scores, **others)
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,12 @@ from tiny import clip_tokenizer
 from torchvision.transforms.functional import to_pil_image
 
 from sd3_adrpo.errors import UserError
+from sd3_adrpo.prompts import Prompt
 from sd3_adrpo.rewards.clip import ClipReward, ClipScorer, RewardError, quantise
 
 SIZE, LENGTH = 32, 24
 TEXTS = ["a red cube", "two blue balls left of a café", "a cat " * 40]
+PROMPTS = [Prompt(text) for text in TEXTS]
 
 
 @pytest.fixture(scope="module")
@@ -67,8 +69,8 @@ def test_score_is_100_times_the_cosine_of_open_clip(folder, scorer):
         image = model.eval().encode_image(_transform(folder, images))
         text = model.encode_text(tokenizer(TEXTS))
     expected = 100 * torch.cosine_similarity(image, text)
-    assert (scorer(images, TEXTS) - expected).abs().max() < 1e-4
-    assert scorer(images, TEXTS).dtype == torch.float32
+    assert (scorer(images, PROMPTS) - expected).abs().max() < 1e-4
+    assert scorer(images, PROMPTS).dtype == torch.float32
     assert scorer.unit == "100 x cosine" and scorer.encoder == str(folder)
 
 
@@ -91,7 +93,7 @@ def test_images_are_scored_as_saved(scorer):
     saved = quantise(images)
     assert saved.dtype == torch.uint8 and torch.equal(quantise(saved.float() / 255), saved)
     assert quantise(torch.tensor([-0.2, 0.5, 1.2])).tolist() == [0, 128, 255]
-    assert torch.equal(scorer(images, TEXTS), scorer(saved, TEXTS))
+    assert torch.equal(scorer(images, PROMPTS), scorer(saved, PROMPTS))
 
 
 def test_padded_and_uneven_models_go_through_open_clips_own_transform(folder, scorer):
@@ -124,13 +126,13 @@ def test_broken_image_names_its_prompt(scorer):
     images = _images(SIZE, SIZE)
     images[1, 0, 3, 3] = math.nan
     with pytest.raises(RewardError, match="nan for 1 of 3 images.*'two blue balls") as caught:
-        scorer(images, TEXTS)
+        scorer(images, PROMPTS)
     assert isinstance(caught.value, UserError) and "a red cube" not in str(caught.value)
 
 
 def test_every_image_needs_its_prompt(scorer):
     with pytest.raises(ValueError, match="3 images came with 2 prompts"):
-        scorer(_images(SIZE, SIZE), TEXTS[:2])
+        scorer(_images(SIZE, SIZE), PROMPTS[:2])
 
 
 @pytest.mark.parametrize(

@@ -200,3 +200,39 @@ def test_sigterm_saves(tmp_path, few_prompts):
     assert process.returncode == 130, output
     assert "stopped and saved" in output
     assert list(folder.glob("checkpoints/*/state.pt"))
+
+
+def test_a_reward_that_fails_in_the_middle_of_an_epoch_costs_one_batch(tmp_path, few_prompts):
+    """Two batches an epoch; the reward dies in the second of the second epoch. Resumed, the run equals a whole one."""
+    counted, switch = tmp_path / "calls", tmp_path / "broken"
+    reward = tmp_path / "mine.py"
+    reward.write_text(
+        "import pathlib\n"
+        f"counted, switch = pathlib.Path({str(counted)!r}), pathlib.Path({str(switch)!r})\n"
+        "def score(images, prompts):\n"
+        "    calls = int(counted.read_text()) + 1 if counted.exists() else 1\n"
+        "    counted.write_text(str(calls))\n"
+        "    if switch.exists() and calls == int(switch.read_text()):\n"
+        "        raise TypeError('broken')\n"
+        "    return images.float().mean((1, 2, 3)) / 255\n"
+    )
+    options = ["--prompts", few_prompts, "--reward", "python=2,jpeg=0.5", "--reward.normalise", "batch"]
+    options += ["--reward.python.function", f"{reward}:score", "--watch", "shapes"]
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    summary = run(*options, "--output_dir", str(whole))
+    calls = int(counted.read_text())
+    line = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()][-1]
+    assert {"reward/python", "reward/jpeg", "watch/shapes"} <= line.keys() and line["reward"] == pytest.approx(
+        0, abs=1e-4
+    )
+    assert set(summary["rewards"]) == {"python", "jpeg"} and set(summary["watch"]) == {"shapes"}
+    assert summary["watch"]["shapes"]["before"]["mean"] == pytest.approx(summary["before"]["accuracy"])
+    counted.unlink()
+    switch.write_text(str(calls - 1))  # the last call measures the trained policy, the one before it is of the rollout
+    with pytest.raises(UserError, match="the reward python failed for the prompts? .*TypeError: broken"):
+        run(*options, "--output_dir", str(parts))
+    state = torch.load(parts / "checkpoints" / "epoch-0001" / "state.pt", weights_only=True)
+    assert [len(part["prompt"]) for part in state["sampled"]] == [8]
+    switch.unlink()
+    run(*options, "--resume_from_checkpoint", str(parts))
+    assert equal(lora_of(whole), lora_of(parts))

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from ._images import Preprocessing
+    from ._preprocess import Preprocessing
 
 HEAD_FILE = "sac+logos+ava1-l14-linearMSE.pth"
 HEAD = (
@@ -39,7 +39,7 @@ class AestheticReward:
         """float32 and in evaluation mode, on `device`. UserError where the weights cannot be had."""
         from transformers import CLIPVisionModelWithProjection
 
-        from ._images import Preprocessing
+        from ._preprocess import Preprocessing
 
         file = find_file(self.head, HEAD_FILE, "head")
         head = linear_head(read_state(file), "layers", file)

@@ -8,15 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from ..errors import UserError
+from ..errors import RewardError, UserError
+from ..prompts import Prompt
+from ._images import quantise
 
 if TYPE_CHECKING:  # every command reads these options, few need the libraries
     import torch
     from torch import Tensor
-
-
-class RewardError(UserError):
-    """A reward that is no number; the message names the prompts."""
 
 
 @dataclass
@@ -45,6 +43,21 @@ class ClipReward:
         except Exception as error:  # open_clip, the hub and torch each have their own
             raise UserError(f"the CLIP {encoder} does not load: {error}") from error
         return ClipScorer(model, transform, tokenizer, encoder, device)
+
+    def describe(self) -> str:
+        """UserError where the model is not there or not known."""
+        if self.model == "shapes" and not self.pretrained:
+            from ..shapes import CLIP_DIR
+
+            if not (CLIP_DIR / "open_clip_config.json").is_file():
+                raise UserError(
+                    f"the built-in CLIP's weights are not in {CLIP_DIR}: get them with the repository, or make them "
+                    "with `python -m sd3_adrpo.shapes.pretrain`; or give another reward.model"
+                )
+            return "100 x cosine, built-in CLIP"
+        import open_clip  # late: takes seconds
+
+        return f"100 x cosine, {self._source(open_clip)[1]}"
 
     def _source(self, open_clip: Any) -> tuple[str, str, bool]:
         """open_clip's name for the model, ours for people, and whether the weights need QuickGELU."""
@@ -139,12 +152,12 @@ class ClipScorer:
                 self._texts.update(zip(rows, features, strict=True))
         return torch.stack([self._texts[text] for text in texts])
 
-    def score(self, embeddings: Tensor, prompts: Sequence[str]) -> Tensor:
+    def score(self, embeddings: Tensor, prompts: Sequence[Prompt]) -> Tensor:
         """Rewards (B,) of image embeddings (B, E), float32 on the CPU. RewardError where one is no finite number."""
-        rewards = 100 * (embeddings * self.embed_texts(prompts)).sum(-1).cpu()
+        rewards = 100 * (embeddings * self.embed_texts([prompt.text for prompt in prompts])).sum(-1).cpu()
         bad = (~rewards.isfinite()).nonzero().flatten().tolist()
         if bad:
-            names = list(dict.fromkeys(repr(prompts[row]) for row in bad))
+            names = list(dict.fromkeys(repr(prompts[row].text) for row in bad))
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
             raise RewardError(
                 f"the reward is {rewards[bad[0]].item()} for {len(bad)} of {len(rewards)} images, with the prompts "
@@ -153,7 +166,7 @@ class ClipScorer:
             )
         return rewards
 
-    def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+    def __call__(self, images: Tensor, prompts: Sequence[Prompt]) -> Tensor:
         """Rewards (B,) of images (B, 3, H, W) in [0, 1] and their prompts, in points of 100 x cosine."""
         if len(images) != len(prompts):
             raise ValueError(f"{len(images)} images came with {len(prompts)} prompts; each image needs its own")
@@ -171,10 +184,3 @@ def _resize(images: Tensor, step: Any) -> Tensor:
     for size in ([images.shape[-2], width], [height, width]):
         images = resize(images, size, step.interpolation, antialias=True)
     return images
-
-
-def quantise(images: Tensor) -> Tensor:
-    """uint8, as an image file holds it; uint8 stays as it is."""
-    import torch
-
-    return images if images.dtype == torch.uint8 else (images * 255).round().clamp(0, 255).to(torch.uint8)

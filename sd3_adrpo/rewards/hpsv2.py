@@ -61,7 +61,7 @@ class Hpsv2Scorer(ClipScorer):
         from torchvision.transforms import InterpolationMode
         from torchvision.transforms.functional import normalize, pad, resize
 
-        from ._images import OPENAI_MEAN, OPENAI_STD
+        from ._preprocess import OPENAI_MEAN, OPENAI_STD
 
         images = quantise(images).to(self.device).float() / 255
         sides = images.shape[-2:]

@@ -128,7 +128,7 @@ class ImageRewardScorer:
         device: str | torch.device = "cpu",
         batch_size: int = 32,
     ) -> None:
-        from ._images import Preprocessing
+        from ._preprocess import Preprocessing
 
         self.vision, self.text, self.head = (
             module.to(device).eval().requires_grad_(False) for module in (vision, text, head)

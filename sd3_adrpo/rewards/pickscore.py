@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from ._images import Preprocessing
+    from ._preprocess import Preprocessing
 
 PROCESSOR = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"  # of the CLIP that PickScore started from
 UNIT = "logit scale x cosine, about 20"
@@ -36,7 +36,7 @@ class PickscoreReward:
         """float32 and in evaluation mode, on `device`. UserError where the weights cannot be had."""
         from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel
 
-        from ._images import Preprocessing
+        from ._preprocess import Preprocessing
 
         with loading("model", self.model):
             model = CLIPModel.from_pretrained(self.model, dtype="float32")

@@ -36,7 +36,7 @@ class SiglipAestheticReward:
         weights cannot be had."""
         from transformers import AutoImageProcessor, SiglipVisionModel
 
-        from ._images import Preprocessing
+        from ._preprocess import Preprocessing
 
         file = find_file(self.head, HEAD_FILE, "head")
         head = linear_head(read_state(file), "scoring_head", file)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..config import Config
 from ..models.sd3 import SD3
-from ..prompts import PROMPTS_DIR, read_prompts
+from ..prompts import PROMPTS_DIR, Prompt, read_prompts
 from ..rewards.clip import ClipReward, ClipScorer
 from ..rollout import sample
 from ..seeds import generator_for, seed_for
@@ -34,7 +34,7 @@ def rate(images: Tensor, texts: list[str], scorer: ClipScorer) -> dict[str, floa
     return {
         "images": len(texts),
         "accuracy": sum(right) / len(right),
-        "reward": scorer(images, texts).mean().item(),
+        "reward": scorer(images, [Prompt(text) for text in texts]).mean().item(),
         "free_diversity": free_diversity(images, texts),
     }
 
@@ -44,8 +44,8 @@ def separation(scorer: ClipScorer, count: int, seed: int) -> float:
     rng = random.Random(seed)
     scenes = [random_scene(rng) for _ in range(count)]
     images = draw_scenes(scenes, torch.Generator().manual_seed(seed))
-    right = scorer(images, [scene.prompt for scene in scenes])
-    wrong = scorer(images, [one_word_wrong(scene, rng).prompt for scene in scenes])
+    right = scorer(images, [Prompt(scene.prompt) for scene in scenes])
+    wrong = scorer(images, [Prompt(one_word_wrong(scene, rng).prompt) for scene in scenes])
     return (right > wrong).float().mean().item()
 
 
@@ -59,7 +59,9 @@ def reconstruct(model: SD3, images: Tensor) -> Tensor:
 
 def best_of(images: Tensor, texts: list[str], scorer: ClipScorer, number: int) -> tuple[Tensor, list[str]]:
     """Of each `number` consecutive images of one prompt the one with the highest reward."""
-    best = scorer(images, texts).view(-1, number).argmax(1) + torch.arange(0, len(texts), number)
+    best = scorer(images, [Prompt(text) for text in texts]).view(-1, number).argmax(1) + torch.arange(
+        0, len(texts), number
+    )
     return images[best], [texts[i] for i in best.tolist()]
 
 
