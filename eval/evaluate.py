@@ -1,6 +1,6 @@
 """Base and LoRA on the same prompts and noise: `python eval/evaluate.py --lora runs/.../lora`; --help lists options.
 
-Writes evaluation.json and before_after.png (grid.png without a LoRA). Options not given are those of the run that the
+Writes evaluation.json, before_after.png (grid.png without a LoRA) and every image under samples/. Options not given are those of the run that the
 LoRA lies in, if it does, else of the model's preset.
 """
 
@@ -97,6 +97,7 @@ def run(args: argparse.Namespace, config: Config) -> Path:
     from sd3_adrpo import evaluation
     from sd3_adrpo.export import check_lora
     from sd3_adrpo.models.sd3 import SD3
+    from sd3_adrpo.samples import save_samples
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[config.train.mixed_precision]
@@ -132,6 +133,7 @@ def run(args: argparse.Namespace, config: Config) -> Path:
     }
     folder.mkdir(parents=True, exist_ok=True)
     picture = measured.save_picture(folder)
+    save_samples(measured, folder, evaluation.METRICS)
     (folder / RESULT).write_text(json.dumps(summary, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     print_tables(summary)
     print(f"\nlook at {picture}; the numbers are in {folder / RESULT}")

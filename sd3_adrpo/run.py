@@ -1,6 +1,6 @@
 """A run from its folder's point of view: set up, measure, train, measure again, export; log and save all the while.
 
-config.yaml  prompts.json  metrics.jsonl  grids/  checkpoints/  lora/  before_after.png  summary.json
+config.yaml  prompts.json  metrics.jsonl  grids/  checkpoints/  lora/  samples/  before_after.png  summary.json
 """
 
 from __future__ import annotations
@@ -23,11 +23,12 @@ from .canary import check_learning
 from .checkpoint import find_checkpoint, load_checkpoint, prune, save_checkpoint
 from .config import Config, EvalConfig
 from .errors import UserError
-from .evaluation import Evaluation, Measurement, compare, encode_prompts, measure
+from .evaluation import METRICS, Evaluation, Measurement, compare, encode_prompts, measure
 from .export import model_card, save_lora, verify_lora
 from .models.sd3 import SD3
 from .plan import Plan
 from .policy import Policy
+from .samples import save_samples
 from .trainer import Interrupted, Trainer
 
 logging.getLogger("diffusers.loaders.lora_base").setLevel(logging.ERROR)  # a LoRA has no text encoder part: no news
@@ -243,7 +244,9 @@ class Run:
         difference = verify_lora(self.folder / "lora", self.model, self.policy.velocity)
         summary["lora_difference"] = difference
         result.write_text(json.dumps(summary, indent=2) + "\n")
-        picture = Evaluation(before, after).save_picture(self.folder)
+        evaluation = Evaluation(before, after)
+        save_samples(evaluation, self.folder, METRICS)
+        picture = evaluation.save_picture(self.folder)
         figures.curves(self.folder / "metrics.jsonl", self.folder / "curves.png")
         card = model_card(
             summary,
