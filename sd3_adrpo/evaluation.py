@@ -55,12 +55,19 @@ class Measurement:
     w2_drift: Tensor  # (B,) exactly 0 for the base
     clip_diversity: Tensor  # (N,) mean pairwise 1 - cosine; NaN for K = 1
     free_diversity: Tensor  # (N,) of right images, relative to drawn ones; NaN with under two right images
-    free_diversity_mean: float | None  # over all prompts, each weighted by its drawn images' diversity
+    free_diversity_weight: Tensor  # (N,) the drawn images' diversity, which weighs it in a mean; NaN with it
 
     def summary(self) -> dict[str, float | None]:
         """Means by metric, None where one does not apply."""
         means = {name: mean_and_stderr(getattr(self, name))["mean"] for name in METRICS}
         return {**means, "free_diversity": self.free_diversity_mean}
+
+    @property
+    def free_diversity_mean(self) -> float | None:
+        """Over all prompts: the diversity of what is right, divided by that of what is drawn."""
+        known = ~self.free_diversity.isnan()
+        value, weight = self.free_diversity[known].double(), self.free_diversity_weight[known].double()
+        return ((value * weight).sum() / weight.sum()).item() if len(value) else None
 
     def clusters(self, metric: str) -> Tensor:
         """The prompt that each value of the metric belongs to."""
@@ -154,7 +161,7 @@ def measure(
             progress(min(start + config.batch_size, len(texts)), len(texts))
     model.transformer.train(training)
     images, embeddings, reward, drift = (torch.cat(part) for part in zip(*parts, strict=True))
-    accuracy, free, free_mean = _verify(images, texts, number)
+    accuracy, free, weight = _verify(images, texts, number)
     return Measurement(
         prompts=[prompt.text for prompt in prompts],
         categories=[prompt.category for prompt in prompts],
@@ -165,27 +172,28 @@ def measure(
         w2_drift=drift,
         clip_diversity=clip_diversity(embeddings, index),
         free_diversity=free,
-        free_diversity_mean=free_mean,
+        free_diversity_weight=weight,
     )
 
 
-def _verify(images: Tensor, texts: Sequence[str], number: int) -> tuple[Tensor, Tensor, float | None]:
-    """Accuracy (B,), free diversity (N,) and over all prompts; NaN and None outside the built-in world."""
+def _verify(images: Tensor, texts: Sequence[str], number: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Accuracy (B,), free diversity (N,) and its weights (N,); NaN outside the built-in world."""
     from .shapes.grammar import parse  # late: other models do not need the built-in world
-    from .shapes.verifier import free_diversity, verify
+    from .shapes.verifier import assess, free_spread
 
     nan = float("nan")
-    if not any(parse(text) for text in texts[::number]):
-        return torch.full((len(texts),), nan), torch.full((len(texts) // number,), nan), None
-    images = images.float() / 255
-    accuracy = torch.tensor([nan if answer is None else float(answer) for answer in verify(images, texts)])
-
-    def diversity(rows: Sequence[int]) -> float | None:
-        rows = [row for row in rows if accuracy[row] == 1]  # only right images count, and reading takes its time
-        return free_diversity(images[rows], [texts[row] for row in rows])
-
-    free = [diversity(range(start, start + number)) for start in range(0, len(texts), number)]
-    return accuracy, torch.tensor([nan if v is None else v for v in free]), diversity(range(len(texts)))
+    accuracy, prompts = torch.full((len(texts),), nan), texts[::number]
+    free, weight = torch.full((len(prompts),), nan), torch.full((len(prompts),), nan)
+    if not any(parse(text) for text in prompts):
+        return accuracy, free, weight
+    answers = assess(images.float() / 255, texts)
+    accuracy = torch.tensor([nan if answer is None else float(answer) for answer, _ in answers])
+    for row, prompt in enumerate(prompts):
+        right = [attributes for _, attributes in answers[row * number : (row + 1) * number] if attributes is not None]
+        if len(right) > 1:
+            own, weight[row] = free_spread(prompt, right)
+            free[row] = own / weight[row]
+    return accuracy, free, weight
 
 
 def evaluate(

@@ -33,7 +33,7 @@ def save_samples(evaluation: Evaluation, folder: str | Path, metrics: tuple[str,
         "images_per_prompt": len(before.prompt) // len(before.prompts),
     }
     for name, measured in (("before", before), ("after", after)):
-        data[name] = None if measured is None else _values(measured, metrics)
+        data[name] = None if measured is None else _values(measured, (*metrics, "free_diversity_weight"))
         if measured is not None:
             _save_images(measured.images, data["images_per_prompt"], root / name)
     path = root / VALUES

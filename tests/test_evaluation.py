@@ -85,15 +85,15 @@ def test_only_prompts_of_the_world_have_an_accuracy(model):
     assert outside["accuracy"] is None and outside["free_diversity"] is None and outside["reward"] is not None
 
 
-def _measurement(reward, accuracy, drift, clip, free, free_mean) -> Measurement:
-    tensors = [torch.tensor(values) for values in (reward, accuracy, drift, clip, free)]
+def _measurement(reward, accuracy, drift, clip, free, weight) -> Measurement:
+    tensors = [torch.tensor(values) for values in (reward, accuracy, drift, clip, free, weight)]
     prompt, images = torch.tensor([0, 0, 1, 1]), torch.zeros(4, 3, 8, 8, dtype=torch.uint8)
-    return Measurement(["p", "q"], ["x", None], prompt, images, *tensors, free_mean)
+    return Measurement(["p", "q"], ["x", None], prompt, images, *tensors)
 
 
 def test_comparison_by_hand():
-    before = _measurement([1.0, 3.0, 5.0, 7.0], [0.0, 1.0, NAN, NAN], [0.0] * 4, [0.5, 0.7], [NAN, 0.8], 0.8)
-    after = _measurement([2.0, 4.0, 8.0, 10.0], [1.0, 1.0, NAN, NAN], [0.1, 0.1, 0.3, 0.3], [0.4, 0.4], [0.5, 0.9], 0.7)
+    before = _measurement([1.0, 3.0, 5.0, 7.0], [0.0, 1.0, NAN, NAN], [0.0] * 4, [0.5, 0.7], [NAN, 0.8], [NAN, 0.5])
+    after = _measurement([2.0, 4.0, 8.0, 10.0], [1.0, 1.0, NAN, NAN], [0.1, 0.1, 0.3, 0.3], [0.4, 0.4], [0.5, 0.9], [1.0, 1.0])
     found = compare(before, after)
     assert list(found["before"]) == list(found["after"]) == list(found["difference"]) == list(METRICS)
     assert found["before"] == pytest.approx(
@@ -104,7 +104,7 @@ def test_comparison_by_hand():
     assert difference["w2_drift"] == pytest.approx({"mean": 0.2, "stderr": 0.1})
     assert difference["clip_diversity"] == pytest.approx({"mean": -0.2, "stderr": 0.1})
     assert difference["accuracy"] == {"mean": 0.5, "stderr": None}  # of one prompt
-    assert difference["free_diversity"]["mean"] == pytest.approx(-0.1)
+    assert difference["free_diversity"]["mean"] == pytest.approx(-0.1)  # (0.5 + 0.9) / 2 - 0.8
     row = table(before, after)["x"]
     assert (row["prompts"], row["images"]) == (1, 2)
     assert row["reward"]["after"] == {"mean": 3.0, "stderr": None}
@@ -112,7 +112,7 @@ def test_comparison_by_hand():
 
 
 def test_other_prompts_cannot_be_paired():
-    one = _measurement([1.0] * 4, [NAN] * 4, [0.0] * 4, [0.5] * 2, [NAN] * 2, None)
+    one = _measurement([1.0] * 4, [NAN] * 4, [0.0] * 4, [0.5] * 2, [NAN] * 2, [NAN] * 2)
     other = Measurement(**{**vars(one), "prompts": ["p", "r"]})
     with pytest.raises(ValueError, match="cannot be paired"):
         compare(one, other)
