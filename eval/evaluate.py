@@ -19,6 +19,7 @@ from sd3_adrpo import cli, plan
 from sd3_adrpo.config import Config
 from sd3_adrpo.errors import UserError
 from sd3_adrpo.prompts import Prompt, PromptFileError, file_hash, read_prompts
+from sd3_adrpo.provenance import versions
 
 OPTIONS = {  # ours -> the option of a training run that it sets
     "model": ("model", '"shapes" (built in), a hub id or a local folder'),
@@ -129,6 +130,7 @@ def run(args: argparse.Namespace, config: Config) -> Path:
         "prompts": description,
         "settings": {**vars(config.eval), "height": rollout.height, "width": rollout.width},
         "seconds": round(time.monotonic() - started, 1),
+        "versions": versions(),
         **measured.summary(),
     }
     folder.mkdir(parents=True, exist_ok=True)

@@ -28,6 +28,7 @@ from .export import model_card, save_lora, verify_lora
 from .models.sd3 import SD3
 from .plan import Plan
 from .policy import Policy
+from .provenance import versions
 from .samples import save_samples
 from .trainer import Interrupted, Trainer
 
@@ -234,6 +235,7 @@ class Run:
             "model": self.config.model,
             "reward": f"{self.scorer.unit}, {self.scorer.encoder}",
             "test_prompts": self.plan.description["test"],
+            "versions": versions(),
             **compare(before, after),
         }
         if not self.main:

@@ -1,7 +1,7 @@
 """The images of an evaluation and what each was worth, in a form that people and the report can open.
 
-    samples/samples.json             prompts, categories and every metric's values, before and after
-    samples/before/0007-02.webp      third image of the eighth prompt; the same name under after/ has the same noise
+samples/samples.json             prompts, categories and every metric's values, before and after
+samples/before/0007-02.webp      third image of the eighth prompt; the same name under after/ has the same noise
 """
 
 from __future__ import annotations

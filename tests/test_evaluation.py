@@ -93,7 +93,9 @@ def _measurement(reward, accuracy, drift, clip, free, weight) -> Measurement:
 
 def test_comparison_by_hand():
     before = _measurement([1.0, 3.0, 5.0, 7.0], [0.0, 1.0, NAN, NAN], [0.0] * 4, [0.5, 0.7], [NAN, 0.8], [NAN, 0.5])
-    after = _measurement([2.0, 4.0, 8.0, 10.0], [1.0, 1.0, NAN, NAN], [0.1, 0.1, 0.3, 0.3], [0.4, 0.4], [0.5, 0.9], [1.0, 1.0])
+    after = _measurement(
+        [2.0, 4.0, 8.0, 10.0], [1.0, 1.0, NAN, NAN], [0.1, 0.1, 0.3, 0.3], [0.4, 0.4], [0.5, 0.9], [1.0, 1.0]
+    )
     found = compare(before, after)
     assert list(found["before"]) == list(found["after"]) == list(found["difference"]) == list(METRICS)
     assert found["before"] == pytest.approx(

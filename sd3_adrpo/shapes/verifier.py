@@ -21,7 +21,17 @@ from .drawing import LARGE, SIZE, SIZE_BOUNDARY, SMALL, draw_scenes, lay_out
 from .grammar import Group, Scene, one_word_wrong, parse, random_scene
 from .reading import Found, read, read_all
 
-__all__ = ["Found", "assess", "assign", "free_attributes", "free_diversity", "free_spread", "matches", "measure", "read"]
+__all__ = [
+    "Found",
+    "assess",
+    "assign",
+    "free_attributes",
+    "free_diversity",
+    "free_spread",
+    "matches",
+    "measure",
+    "read",
+]
 __all__ += ["read_all", "verify"]
 
 DRAWN = 64  # layouts per prompt behind the reference of `free_diversity`

@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .flow import add_noise, seeded_noise
-from .policy import Policy
-from .seeds import seed_for
-from .types import Condition
+from ..flow import add_noise, seeded_noise
+from ..policy import Policy
+from ..seeds import seed_for
+from ..types import Condition
 
 DRIFT_SIGMAS = (0.9, 0.7, 0.5, 0.3, 0.1)
 

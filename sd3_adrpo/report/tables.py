@@ -1,0 +1,107 @@
+"""The numbers of the page: each with its 95 % interval over prompts, differences paired by prompt and noise."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..bootstrap import Interval, Ratio, interval
+from .sources import Source
+
+TITLES = {
+    "reward": ("Reward", ""),
+    "accuracy": ("Accuracy", "share of images that show what the prompt asks for"),
+    "clip_diversity": ("CLIP diversity", "1 − cosine within a prompt; also falls when wrong images vanish"),
+    "free_diversity": ("Diversity of right images", "what the prompt leaves open; drawn by the world itself = 1"),
+    "w2_drift": ("Drift", "mean of |v − v_ref|², how far the model moved"),
+}
+RISING = ("reward", "accuracy", "clip_diversity", "free_diversity")  # where more is better
+PERCENT = ("accuracy",)
+
+
+def title(metric: str) -> str:
+    return TITLES.get(metric, (metric.replace("_", " ").capitalize(), ""))[0]
+
+
+def headline(sources: list[Source]) -> list[dict[str, Any]]:
+    """A row per metric that any of the sources has, with a cell per source."""
+    names = list(dict.fromkeys(name for source in sources for name in [*TITLES, *source.metrics]))
+    rows = []
+    for name in names:
+        if any(name in source.metrics for source in sources):
+            note = " or ".join(dict.fromkeys(str(s.summary.get("reward", "")) for s in sources))
+            note = note if name == "reward" else TITLES.get(name, ("", ""))[1]
+            rows.append({"title": title(name), "note": note, "cells": [_cell(source, name) for source in sources]})
+    return rows
+
+
+def categories(source: Source) -> list[dict[str, Any]]:
+    """Reward and accuracy of every category, where the prompts have any."""
+    found = source.samples["categories"] if source.samples else []
+    rows = []
+    for name in dict.fromkeys(category for category in found if category is not None):
+        members = [number for number, category in enumerate(found) if category == name]
+        cells = [_cell(source, metric, members) for metric in ("reward", "accuracy") if metric in source.metrics]
+        rows.append({"title": name, "prompts": len(members), "cells": cells})
+    return rows
+
+
+def _cell(source: Source, metric: str, members: list[int] | None = None) -> dict[str, Any] | None:
+    """{"before", "after", "difference", "verdict"} as texts; None where the source has no such metric."""
+    if metric not in source.metrics:
+        return None
+    sides = [source.ratio(metric, phase) for phase in ("before", "after")]
+    if sides[0] is None:  # a folder without samples: its own summary, with standard errors
+        return _from_summary(source.summary, metric)
+    if members is not None:
+        sides = [side and side.only(members) for side in sides]
+    return _texts(metric, *sides)
+
+
+def _texts(metric: str, before: Ratio, after: Ratio | None) -> dict[str, Any]:
+    cell = {"before": number(metric, before.mean), "after": None, "difference": None, "interval": None, "verdict": ""}
+    found = interval(before)
+    cell["before_interval"] = _between(metric, found)
+    if after is not None:
+        difference = interval(after, before)
+        cell["after"] = number(metric, after.mean)
+        cell["difference"] = number(metric, difference and difference.mean, sign=True)
+        cell["interval"] = _between(metric, difference, sign=True)
+        cell["verdict"] = _verdict(metric, difference)
+    return cell
+
+
+def _from_summary(summary: dict[str, Any], metric: str) -> dict[str, Any]:
+    after, difference = summary["after"], summary["difference"]
+    cell = {"before": number(metric, summary["before"][metric]), "before_interval": None, "interval": None}
+    cell |= {"after": None, "difference": None, "verdict": ""}
+    if after is not None and after[metric] is not None:
+        paired = difference[metric]
+        cell |= {"after": number(metric, after[metric]), "difference": number(metric, paired["mean"], sign=True)}
+        if paired["stderr"] is not None:
+            cell["interval"] = f"± {number(metric, paired['stderr'])} standard error"
+    return cell
+
+
+def _verdict(metric: str, difference: Interval | None) -> str:
+    """ "better" or "worse" where the interval leaves zero out, "" where it does not, or where more is neither."""
+    if metric not in RISING or difference is None or difference.low is None or difference.low <= 0 <= difference.high:
+        return ""
+    return "better" if difference.low > 0 else "worse"
+
+
+def _between(metric: str, found: Interval | None, sign: bool = False) -> str | None:
+    if found is None or found.low is None:
+        return None
+    return f"{number(metric, found.low, sign)} to {number(metric, found.high, sign)}"
+
+
+def number(metric: str, value: float | None, sign: bool = False) -> str:
+    """Three significant digits or so, shares in per cent, with a true minus sign."""
+    if value is None:
+        return "–"
+    if metric in PERCENT:
+        text = f"{100 * value:{'+' if sign else ''}.1f} %"
+    else:
+        digits = 4 if abs(value) < 0.1 else 3 if abs(value) < 3 else 2
+        text = f"{value:{'+' if sign else ''}.{digits}f}"
+    return text.replace("-", "−")
