@@ -1,7 +1,7 @@
 """Base and LoRA on the same prompts and noise: `python eval/evaluate.py --lora runs/.../lora`; --help lists options.
 
-Writes evaluation.json, before_after.png (grid.png without a LoRA) and every image under samples/. Options not given are those of the run that the
-LoRA lies in, if it does, else of the model's preset.
+Writes evaluation.json, before_after.png (grid.png without a LoRA) and every image under samples/. Options not given are
+those of the run that the LoRA lies in, if it does, else of the model's preset.
 """
 
 from __future__ import annotations

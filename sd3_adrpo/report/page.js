@@ -32,7 +32,7 @@
   function imageOf(index, className, alt) {
     const image = make("img", className, undefined, { alt, draggable: "false", decoding: "async" });
     image.src = data.images[index];
-    image.addEventListener("load", () => image.parentElement.classList.toggle("pixels", image.naturalWidth <= 128));
+    image.addEventListener("load", () => image.classList.toggle("pixels", image.naturalWidth <= 128));
     return image;
   }
 
@@ -128,6 +128,8 @@
     return (!category || prompt.category === category) && (!outcome || outcomes[outcome](prompt)) && prompt.text.toLowerCase().includes(words);
   }
 
+  const STEP = 24; // cards at a time: a phone gets to what follows them
+  let limit = STEP;
   function update() {
     const order = find("sort").value;
     const metric = find("metric").value;
@@ -138,10 +140,13 @@
       const compare = (a, b) => (value(a) === value(b) ? 0 : direction * (value(a) - value(b)));
       shown = shown.filter((prompt) => gain(prompt, metric) !== null).sort(compare);
     }
-    cards.replaceChildren(...shown.map(card));
-    shown.forEach((prompt) => card(prompt).lead(order));
+    const first = shown.slice(0, limit);
+    cards.replaceChildren(...first.map(card));
+    first.forEach((prompt) => card(prompt).lead(order));
     find("count").textContent = `${shown.length} of ${data.prompts.length} prompts`;
     find("none").hidden = shown.length > 0;
+    find("more").hidden = shown.length <= limit;
+    find("more").textContent = `Show ${Math.min(STEP, shown.length - limit)} more of ${shown.length - limit}`;
   }
 
   function view() {
@@ -156,7 +161,12 @@
   const judged = data.prompts.some((prompt) => prompt.runs.some((run) => run.right[0]));
   for (const option of document.querySelectorAll("[data-needs=accuracy]")) if (!judged) option.remove();
   find("tools").addEventListener("submit", (event) => event.preventDefault());
-  find("tools").addEventListener("input", (event) => (event.target.name === "view" ? view() : update()));
+  find("tools").addEventListener("input", (event) => {
+    if (event.target.name === "view") return view();
+    limit = STEP;
+    update();
+  });
+  find("more").addEventListener("click", () => { limit += STEP; update(); });
   find("flip").addEventListener("click", () => {
     const stages = [...cards.querySelectorAll(".stage")];
     const turn = !stages.every((stage) => stage.classList.contains("turned"));

@@ -22,7 +22,7 @@ LADDER = [(4, 384), (3, 384), (3, 320), (2, 320), (2, 256), (1, 256), (1, 192), 
 
 
 def gallery(sources: list[Source], budget: int = BUDGET, most: int | None = None) -> dict[str, Any]:
-    """{"images": data addresses, "prompts": what the page's script shows}; as many and as large as the budget allows."""
+    """{"images": data addresses, "prompts": what the page's script shows}, as many and large as the budget allows."""
     for number, pixels in LADDER:
         if most is not None and number > most:
             continue
@@ -106,13 +106,15 @@ def _right(accuracy: list[float | None] | None) -> list[int] | None:
 
 @cache  # the smaller numbers of images are among the larger
 def _data_address(path: Path, pixels: int) -> str:
-    """The file itself where it is small, else a smaller copy."""
+    """The file as it is, or a copy of at most `pixels` or the size of a small image, whichever takes less room."""
     data = path.read_bytes()
     with Image.open(io.BytesIO(data)) as picture:
-        if max(picture.size) > max(pixels, LOSSLESS):
-            picture = picture.convert("RGB")
-            picture.thumbnail((pixels, pixels), Image.Resampling.LANCZOS)
-            buffer = io.BytesIO()
-            picture.save(buffer, "webp", quality=80)
-            data = buffer.getvalue()
+        large = max(picture.size) > max(pixels, LOSSLESS)
+        copy = picture.convert("RGB")
+    if large:
+        copy.thumbnail((pixels, pixels), Image.Resampling.LANCZOS)
+    buffer = io.BytesIO()
+    copy.save(buffer, "webp", quality=80 if large else 90)
+    if large or buffer.tell() < len(data):
+        data = buffer.getvalue()
     return "data:image/webp;base64," + base64.b64encode(data).decode()

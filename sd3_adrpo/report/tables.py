@@ -58,27 +58,29 @@ def _cell(source: Source, metric: str, members: list[int] | None = None) -> dict
 
 
 def _texts(metric: str, before: Ratio, after: Ratio | None) -> dict[str, Any]:
-    cell = {"before": number(metric, before.mean), "after": None, "difference": None, "interval": None, "verdict": ""}
-    found = interval(before)
-    cell["before_interval"] = _between(metric, found)
+    digits = _digits(before.mean, after and after.mean)
+    cell = {"before": number(metric, before.mean, digits), "after": None, "difference": None, "interval": None}
+    cell |= {"before_interval": _between(metric, interval(before), digits), "verdict": ""}
     if after is not None:
         difference = interval(after, before)
-        cell["after"] = number(metric, after.mean)
-        cell["difference"] = number(metric, difference and difference.mean, sign=True)
-        cell["interval"] = _between(metric, difference, sign=True)
+        cell["after"] = number(metric, after.mean, digits)
+        cell["difference"] = number(metric, difference and difference.mean, digits, sign=True)
+        cell["interval"] = _between(metric, difference, digits, sign=True)
         cell["verdict"] = _verdict(metric, difference)
     return cell
 
 
 def _from_summary(summary: dict[str, Any], metric: str) -> dict[str, Any]:
-    after, difference = summary["after"], summary["difference"]
-    cell = {"before": number(metric, summary["before"][metric]), "before_interval": None, "interval": None}
+    before, after = summary["before"][metric], (summary["after"] or {}).get(metric)
+    digits = _digits(before, after)
+    cell = {"before": number(metric, before, digits), "before_interval": None, "interval": None}
     cell |= {"after": None, "difference": None, "verdict": ""}
-    if after is not None and after[metric] is not None:
-        paired = difference[metric]
-        cell |= {"after": number(metric, after[metric]), "difference": number(metric, paired["mean"], sign=True)}
+    if after is not None:
+        paired = summary["difference"][metric]
+        cell["after"] = number(metric, after, digits)
+        cell["difference"] = number(metric, paired["mean"], digits, sign=True)
         if paired["stderr"] is not None:
-            cell["interval"] = f"± {number(metric, paired['stderr'])} standard error"
+            cell["interval"] = f"± {number(metric, paired['stderr'], digits)} standard error"
     return cell
 
 
@@ -89,19 +91,24 @@ def _verdict(metric: str, difference: Interval | None) -> str:
     return "better" if difference.low > 0 else "worse"
 
 
-def _between(metric: str, found: Interval | None, sign: bool = False) -> str | None:
+def _between(metric: str, found: Interval | None, digits: int, sign: bool = False) -> str | None:
     if found is None or found.low is None:
         return None
-    return f"{number(metric, found.low, sign)} to {number(metric, found.high, sign)}"
+    return f"{number(metric, found.low, digits, sign)} to {number(metric, found.high, digits, sign)}"
 
 
-def number(metric: str, value: float | None, sign: bool = False) -> str:
-    """Three significant digits or so, shares in per cent, with a true minus sign."""
+def _digits(*values: float | None) -> int:
+    """Decimals for values of this size and their differences."""
+    size = max((abs(value) for value in values if value is not None), default=0.0)
+    return 2 if size >= 10 else 3 if size >= 0.1 else 4
+
+
+def number(metric: str, value: float | None, digits: int | None = None, sign: bool = False) -> str:
+    """A value, or with `sign` a difference; shares in per cent and percentage points, with a true minus sign."""
     if value is None:
         return "–"
     if metric in PERCENT:
-        text = f"{100 * value:{'+' if sign else ''}.1f} %"
+        text = f"{100 * value:+.1f} pp" if sign else f"{100 * value:.1f} %"
     else:
-        digits = 4 if abs(value) < 0.1 else 3 if abs(value) < 3 else 2
-        text = f"{value:{'+' if sign else ''}.{digits}f}"
+        text = f"{value:{'+' if sign else ''}.{_digits(value) if digits is None else digits}f}"
     return text.replace("-", "−")
