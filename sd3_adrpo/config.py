@@ -71,6 +71,8 @@ class EvalConfig:
     guidance_scale: float = 1.0
     batch_size: int = 16
     seed: int = 12345  # of the noise; training seeds never meet it
+    embedder: str | None = None  # CLIP of clip_diversity, as reward.model; None: a clip reward's own, or the built-in
+    embedder_pretrained: str | None = None  # with a name: its tag, or a weight file
 
 
 @dataclass

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +16,13 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
 
-from . import figures
-from .config import EvalConfig
-from .metrics import clip_diversity, mean_and_stderr, paired_difference, w2_drift
+from . import figures, optional_metrics
+from .config import Config, EvalConfig
+from .metrics import clip_diversity, compare_velocities, mean_and_stderr, paired_difference
 from .models.sd3 import SD3
 from .policy import Policy
 from .prompts import Prompt
-from .rewards.clip import ClipScorer, quantise
+from .rewards.clip import ClipReward, ClipScorer, quantise
 from .rollout import sample
 from .seeds import seed_for
 from .types import Condition
@@ -56,10 +56,19 @@ class Measurement:
     clip_diversity: Tensor  # (N,) mean pairwise 1 - cosine; NaN for K = 1
     free_diversity: Tensor  # (N,) of right images, relative to drawn ones; NaN with under two right images
     free_diversity_weight: Tensor  # (N,) the drawn images' diversity, which weighs it in a mean; NaN with it
+    extra: dict[str, Tensor] = field(default_factory=dict)  # optional metrics, (B,) or (N,)
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        return (*METRICS, *self.extra)
+
+    def values(self, metric: str) -> Tensor:
+        """Of single images (B,) or of prompts (N,)."""
+        return self.extra[metric] if metric in self.extra else getattr(self, metric)
 
     def summary(self) -> dict[str, float | None]:
         """Means by metric, None where one does not apply."""
-        means = {name: mean_and_stderr(getattr(self, name))["mean"] for name in METRICS}
+        means = {name: mean_and_stderr(self.values(name))["mean"] for name in self.metrics}
         return {**means, "free_diversity": self.free_diversity_mean}
 
     @property
@@ -71,7 +80,7 @@ class Measurement:
 
     def clusters(self, metric: str) -> Tensor:
         """The prompt that each value of the metric belongs to."""
-        return self.prompt if len(getattr(self, metric)) == len(self.prompt) else torch.arange(len(self.prompts))
+        return self.prompt if len(self.values(metric)) == len(self.prompt) else torch.arange(len(self.prompts))
 
 
 @dataclass
@@ -127,13 +136,17 @@ def measure(
     negative: Condition | None = None,
     shift: float | None = None,
     solver: str = "euler",
+    embedder: Any = None,
+    metrics: Sequence[str] = (),
+    dino: str = "facebook/dinov2-base",
     progress: Progress | None = None,
 ) -> Measurement:
     """Measures the model's weights as they are: drift is against `policy.reference()`, and 0 without a policy.
 
     For the base of a policy: `with policy.reference(): measure(None, ...)`. An image's noise comes from `config.seed`,
     its prompt's text and its number, whatever else is in the file. `condition` (N rows) and `negative` spare the text
-    encoders. ValueError for a size that the model has not.
+    encoders. Diversity is measured on the `embedder`'s features, without one on those of the reward where it has some.
+    `metrics` are optional ones of metrics/optional.py. ValueError for a size that the model has not.
     """
     if condition is None:
         condition, negative = encode_prompts(model, prompts, config.guidance_scale)
@@ -152,16 +165,20 @@ def measure(
             model, condition, index[rows], seeds[rows], sigmas, shape, batch_size=config.batch_size, **options
         )
         images = model.decode(clean, config.batch_size)
-        embeddings = scorer.embed_images(images)
-        drift = torch.zeros(len(clean))
+        scores, embeddings = _score(scorer, images, texts[rows], embedder)
+        drift, ratio = torch.zeros(len(clean)), torch.ones(len(clean))
         if policy is not None:
-            drift = w2_drift(policy, clean, condition, index[rows], seeds[rows], batch_size=config.batch_size)
-        parts.append((quantise(images).cpu(), embeddings.cpu(), scorer.score(embeddings, texts[rows]), drift))
+            found = compare_velocities(policy, clean, condition, index[rows], seeds[rows], batch_size=config.batch_size)
+            drift, ratio = (values.mean(1) for values in found)
+        parts.append((quantise(images).cpu(), embeddings, scores, drift, ratio))
         if progress:
             progress(min(start + config.batch_size, len(texts)), len(texts))
     model.transformer.train(training)
-    images, embeddings, reward, drift = (torch.cat(part) for part in zip(*parts, strict=True))
+    images, embeddings, reward, drift, ratio = (torch.cat(part) for part in zip(*parts, strict=True))
     accuracy, free, weight = _verify(images, texts, number)
+    given = None if embeddings.isnan().all() else embeddings
+    extra = optional_metrics.by_prompt(metrics, images, index, given, dino, str(model.device))
+    extra |= {"velocity_norm_ratio": ratio} if "velocity_norm_ratio" in metrics else {}
     return Measurement(
         prompts=[prompt.text for prompt in prompts],
         categories=[prompt.category for prompt in prompts],
@@ -173,7 +190,26 @@ def measure(
         clip_diversity=clip_diversity(embeddings, index),
         free_diversity=free,
         free_diversity_weight=weight,
+        extra=extra,
     )
+
+
+def _score(scorer: Any, images: Tensor, texts: Sequence[str], embedder: Any) -> tuple[Tensor, Tensor]:
+    """Rewards (B,) and embeddings for the diversity (B, E), NaN where nothing embeds; a CLIP reward embeds once."""
+    if embedder is None and hasattr(scorer, "embed_images"):
+        embeddings = scorer.embed_images(images)
+        return scorer.score(embeddings, texts), embeddings.cpu()
+    embeddings = torch.full((len(images), 1), float("nan")) if embedder is None else embedder.embed_images(images)
+    return scorer(images, texts), embeddings.cpu()
+
+
+def load_embedder(config: Config, device: Any) -> Any:
+    """The CLIP of `eval.embedder`; else None for a CLIP reward, whose own is taken, and for want of one.
+
+    Diversity must not change its meaning with the reward, so the built-in model has the built-in CLIP.
+    """
+    chosen = config.eval.embedder or ("shapes" if config.model == "shapes" and config.reward.name != "clip" else None)
+    return ClipReward(model=chosen, pretrained=config.eval.embedder_pretrained).load(device) if chosen else None
 
 
 def _verify(images: Tensor, texts: Sequence[str], number: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -237,7 +273,7 @@ def compare(before: Measurement, after: Measurement | None) -> dict[str, Any]:
     if before.prompts != after.prompts or before.prompt.shape != after.prompt.shape:
         raise ValueError("the two measurements are of other prompts or other numbers of images: they cannot be paired")
     summary = {"before": before.summary(), "after": after.summary()}
-    difference = {name: _paired(before, after, name) for name in METRICS}
+    difference = {name: _paired(before, after, name) for name in before.metrics}
     first, second = before.free_diversity_mean, after.free_diversity_mean
     difference["free_diversity"]["mean"] = None if first is None or second is None else second - first
     return {**summary, "difference": difference}
@@ -246,7 +282,7 @@ def compare(before: Measurement, after: Measurement | None) -> dict[str, Any]:
 def _paired(before: Measurement, after: Measurement, name: str, rows: Tensor | None = None) -> dict[str, float | None]:
     clusters = before.clusters(name)
     rows = torch.ones(len(clusters), dtype=torch.bool) if rows is None else rows
-    return paired_difference(getattr(before, name)[rows], getattr(after, name)[rows], clusters[rows])
+    return paired_difference(before.values(name)[rows], after.values(name)[rows], clusters[rows])
 
 
 def table(before: Measurement, after: Measurement | None = None) -> dict[str, dict[str, Any]]:
@@ -260,11 +296,11 @@ def table(before: Measurement, after: Measurement | None = None) -> dict[str, di
 
 def _row(before: Measurement, after: Measurement | None, members: Tensor) -> dict[str, Any]:
     row: dict[str, Any] = {"prompts": len(members), "images": int(torch.isin(before.prompt, members).sum())}
-    for name in METRICS:
+    for name in before.metrics:
         rows = torch.isin(before.clusters(name), members)
-        cells = {"before": mean_and_stderr(getattr(before, name)[rows], before.clusters(name)[rows])}
+        cells = {"before": mean_and_stderr(before.values(name)[rows], before.clusters(name)[rows])}
         if after is not None:
-            cells["after"] = mean_and_stderr(getattr(after, name)[rows], after.clusters(name)[rows])
+            cells["after"] = mean_and_stderr(after.values(name)[rows], after.clusters(name)[rows])
             cells["difference"] = _paired(before, after, name, rows)
         row[name] = cells
     return row

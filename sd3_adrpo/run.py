@@ -23,7 +23,7 @@ from .canary import check_learning
 from .checkpoint import find_checkpoint, load_checkpoint, prune, save_checkpoint
 from .config import Config, EvalConfig
 from .errors import UserError
-from .evaluation import METRICS, Evaluation, Measurement, compare, encode_prompts, measure
+from .evaluation import Evaluation, Measurement, compare, encode_prompts, load_embedder, measure
 from .export import model_card, save_lora, verify_lora
 from .models.sd3 import SD3
 from .plan import Plan
@@ -101,6 +101,7 @@ class Run:
         except ValueError as error:
             raise UserError(f"rollout: {error}") from error
         self.scorer = config.reward.load(self.accelerator.device)
+        self.embedder = load_embedder(config, self.accelerator.device)
         condition, negative = encode_prompts(self.model, self.plan.train, rollout.guidance_scale)
         self.test = encode_prompts(self.model, self.plan.test, config.eval.guidance_scale)
         again = self.model.encode([self.plan.train[-1].text])  # alone, not in the cache's batch
@@ -130,6 +131,7 @@ class Run:
                 condition=self.test[0],
                 negative=self.test[1],
                 shift=rollout.shift,
+                embedder=self.embedder,
                 progress=lambda done, _: bar.update(done - bar.n),
             )
 
@@ -247,7 +249,7 @@ class Run:
         summary["lora_difference"] = difference
         result.write_text(json.dumps(summary, indent=2) + "\n")
         evaluation = Evaluation(before, after)
-        save_samples(evaluation, self.folder, METRICS)
+        save_samples(evaluation, self.folder)
         picture = evaluation.save_picture(self.folder)
         figures.curves(self.folder / "metrics.jsonl", self.folder / "curves.png")
         card = model_card(

@@ -23,7 +23,7 @@ LOSSLESS = 128  # pixels: up to here an image is stored exactly, and still takes
 QUALITY = 92
 
 
-def save_samples(evaluation: Evaluation, folder: str | Path, metrics: tuple[str, ...]) -> Path:
+def save_samples(evaluation: Evaluation, folder: str | Path) -> Path:
     """Writes `folder`/samples; the values last, so that a samples.json stands for a whole folder."""
     root = Path(folder) / FOLDER
     before, after = evaluation.before, evaluation.after
@@ -33,7 +33,7 @@ def save_samples(evaluation: Evaluation, folder: str | Path, metrics: tuple[str,
         "images_per_prompt": len(before.prompt) // len(before.prompts),
     }
     for name, measured in (("before", before), ("after", after)):
-        data[name] = None if measured is None else _values(measured, (*metrics, "free_diversity_weight"))
+        data[name] = None if measured is None else _values(measured)
         if measured is not None:
             _save_images(measured.images, data["images_per_prompt"], root / name)
     path = root / VALUES
@@ -56,8 +56,8 @@ def _name(prompt: int, number: int) -> str:
     return f"{prompt:04}-{number:02}.webp"
 
 
-def _values(measured: Measurement, metrics: tuple[str, ...]) -> dict[str, list[float | None]]:
-    rows = {name: getattr(measured, name).tolist() for name in metrics}
+def _values(measured: Measurement) -> dict[str, list[float | None]]:
+    rows = {name: measured.values(name).tolist() for name in (*measured.metrics, "free_diversity_weight")}
     return {name: [None if math.isnan(value) else value for value in values] for name, values in rows.items()}
 
 

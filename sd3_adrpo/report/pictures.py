@@ -18,21 +18,22 @@ from ..samples import LOSSLESS, image_path
 from .sources import Source
 
 BUDGET = 3_600_000  # characters of all images together: leaves room under 5 MB for the rest
-LADDER = [(4, 384), (3, 384), (3, 320), (2, 320), (2, 256), (1, 256), (1, 192), (1, 128)]  # images a prompt, pixels
+SIZES = [(4, 384), (3, 384), (3, 320), (2, 320), (2, 256), (1, 256), (1, 192), (1, 128)]  # images a prompt, pixels
+LADDER = [(4, 384, True)] + [(*size, False) for size in SIZES]  # and whether small images stay exact
 
 
 def gallery(sources: list[Source], budget: int = BUDGET, most: int | None = None) -> dict[str, Any]:
     """{"images": data addresses, "prompts": what the page's script shows}, as many and large as the budget allows."""
-    for number, pixels in LADDER:
+    for number, pixels, exact in LADDER:
         if most is not None and number > most:
             continue
-        found = _gallery(sources, number, pixels)
+        found = _gallery(sources, number, pixels, exact)
         if sum(map(len, found["images"])) <= budget:
             return found
     return found  # thousands of prompts: all the same one small image each
 
 
-def _gallery(sources: list[Source], number: int, pixels: int) -> dict[str, Any]:
+def _gallery(sources: list[Source], number: int, pixels: int, exact: bool) -> dict[str, Any]:
     store: dict[str, int] = {}  # base images are the same in all runs: each address once
     prompts: dict[str, dict[str, Any]] = {}
     for index, source in enumerate(sources):
@@ -43,7 +44,7 @@ def _gallery(sources: list[Source], number: int, pixels: int) -> dict[str, Any]:
     for entry in prompts.values():
         shown = _shown([run["gain"] for run in entry["runs"]], number)
         for run in entry["runs"]:
-            _add_images(sources[run["run"]], run, shown, pixels, store)
+            _add_images(sources[run["run"]], run, shown, (pixels, exact), store)
     return {"images": list(store), "prompts": list(prompts.values())}
 
 
@@ -76,12 +77,12 @@ def _shown(gains: list[list[float]], number: int) -> list[int]:
     return [order[step] for step in steps]
 
 
-def _add_images(source: Source, run: dict[str, Any], shown: list[int], pixels: int, store: dict[str, int]) -> None:
+def _add_images(source: Source, run: dict[str, Any], shown: list[int], form: tuple, store: dict[str, int]) -> None:
     """Leaves of the run's values those of the shown images, with their images' places in the store."""
 
     def address(phase: str, number: int) -> int:
         path = image_path(source.folder, phase, run["row"], number)
-        return store.setdefault(_data_address(path, pixels), len(store))
+        return store.setdefault(_data_address(path, *form), len(store))
 
     after = run["reward"][1] is not None
     run["items"] = [
@@ -105,8 +106,8 @@ def _right(accuracy: list[float | None] | None) -> list[int] | None:
 
 
 @cache  # the smaller numbers of images are among the larger
-def _data_address(path: Path, pixels: int) -> str:
-    """The file as it is, or a copy of at most `pixels` or the size of a small image, whichever takes less room."""
+def _data_address(path: Path, pixels: int, exact: bool) -> str:
+    """A copy of at most `pixels`; a small image's own file, unless it need not be `exact` and a copy is smaller."""
     data = path.read_bytes()
     with Image.open(io.BytesIO(data)) as picture:
         large = max(picture.size) > max(pixels, LOSSLESS)
@@ -115,6 +116,6 @@ def _data_address(path: Path, pixels: int) -> str:
         copy.thumbnail((pixels, pixels), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
     copy.save(buffer, "webp", quality=80 if large else 90)
-    if large or buffer.tell() < len(data):
+    if large or (not exact and buffer.tell() < len(data)):
         data = buffer.getvalue()
     return "data:image/webp;base64," + base64.b64encode(data).decode()

@@ -94,7 +94,8 @@ def _verdict(metric: str, difference: Interval | None) -> str:
 def _between(metric: str, found: Interval | None, digits: int, sign: bool = False) -> str | None:
     if found is None or found.low is None:
         return None
-    return f"{number(metric, found.low, digits, sign)} to {number(metric, found.high, digits, sign)}"
+    low, high = (number(metric, value, digits, sign) for value in (found.low, found.high))
+    return f"{low.split(' ')[0]} to {high}"  # the unit once
 
 
 def _digits(*values: float | None) -> int:
