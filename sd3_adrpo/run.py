@@ -25,6 +25,7 @@ from .config import Config, EvalConfig
 from .errors import UserError
 from .evaluation import Evaluation, Measurement, compare, encode_prompts, load_embedder, measure
 from .export import model_card, save_lora, verify_lora
+from .metrics import clip_diversity, mean_and_stderr
 from .models.sd3 import SD3
 from .plan import Plan
 from .policy import Policy
@@ -37,6 +38,7 @@ diffusers_logging.disable_progress_bar()
 transformers_logging.disable_progress_bar()
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 GRID_PROMPTS, GRID_IMAGES = 6, 4
+CURVE_IMAGES = 256
 
 
 class Run:
@@ -159,7 +161,7 @@ class Run:
                 bar.update(done - bar.n)
 
             metrics, updates = self.trainer.run_epoch(progress)
-            metrics |= self._accuracy() | {"seconds": time.monotonic() - started}
+            metrics |= self._accuracy() | self._diversity() | {"seconds": time.monotonic() - started}
             metrics["images_per_second"] = self.trainer.samples / metrics["seconds"]
             metrics |= {name: updates[-1][name] for name in ("w2", "velocity_norm_ratio") if updates}
             shown = {k: f"{metrics[k]:.3f}" for k in ("reward", "accuracy", "w2", "images_per_second") if k in metrics}
@@ -180,6 +182,16 @@ class Run:
             return {}
         answers = [answer for answer in verify(images.float() / 255, texts) if answer is not None]
         return {"accuracy": sum(answers) / len(answers)} if answers else {}
+
+    def _diversity(self) -> dict[str, float]:
+        """Of the epoch's first images, where something embeds them: cheap, and enough for a curve."""
+        embedder, (images, texts) = self.embedder or self.scorer, self.trainer.last_images
+        if not hasattr(embedder, "embed_images"):
+            return {}
+        texts = texts[:CURVE_IMAGES]
+        index = torch.tensor([texts.index(text) for text in texts])
+        value = mean_and_stderr(clip_diversity(embedder.embed_images(images[: len(texts)]), index))["mean"]
+        return {} if value is None else {"clip_diversity": value}
 
     def _log(self, epoch: int, metrics: dict[str, float], updates: list[dict[str, float]]) -> None:
         if not self.main:

@@ -154,6 +154,37 @@ def test_command_evaluates_an_exported_lora_like_the_policy(tiny_sd3, model, tmp
     assert "holds an evaluation.json already" in capsys.readouterr().err
 
 
+def test_command_measures_more_on_request(tiny_sd3, model, tmp_path, command, monkeypatch, capsys):
+    monkeypatch.setattr("sd3_adrpo.rewards.clip.ClipReward.load", lambda *_: Scorer())
+    _policy(model, 1.0)
+    save_lora(model.transformer, tmp_path / "lora")
+    arguments = [*_arguments(tiny_sd3, tmp_path), f"--lora={tmp_path / 'lora'}"]
+    assert command([*arguments, "--metrics=vendi,velocity_norm_ratio,cmmd,recall"]) == 0
+    stored = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    assert stored["before"]["velocity_norm_ratio"] == 1.0 != stored["after"]["velocity_norm_ratio"]
+    assert 1 <= stored["before"]["vendi"] <= 2 and stored["difference"]["vendi"]["stderr"] is not None
+    assert stored["distances"]["reference"] == "4 images of the base" and stored["distances"]["after"]["cmmd"] > 0
+    samples = json.loads((tmp_path / "out" / "samples" / "samples.json").read_text())
+    assert len(samples["after"]["vendi"]) == 2 and len(samples["after"]["velocity_norm_ratio"]) == 4
+    capsys.readouterr()
+    assert command([*arguments, f"--output_dir={tmp_path / 'new'}", "--metrics=vendy"]) == 1
+    assert "'vendy' is not known" in capsys.readouterr().err
+
+
+def test_diversity_does_not_depend_on_the_reward(model):
+    class Plain:
+        unit, encoder = "darkness", "none"
+
+        def __call__(self, images, prompts):
+            return -images.flatten(1).mean(1)
+
+    assert measure(None, model, Plain(), PROMPTS, CONFIG, 64, 64).summary()["clip_diversity"] is None
+    apart = measure(None, model, Plain(), PROMPTS, CONFIG, 64, 64, embedder=Scorer())
+    together = measure(None, model, Scorer(), PROMPTS, CONFIG, 64, 64)
+    torch.testing.assert_close(apart.clip_diversity, together.clip_diversity)
+    assert (apart.reward < 0).all() and (together.reward > 0).all()
+
+
 def test_command_without_a_lora_and_with_bad_input(tiny_sd3, tmp_path, command, monkeypatch, capsys):
     monkeypatch.setattr("sd3_adrpo.rewards.clip.ClipReward.load", lambda *_: Scorer())
     arguments = _arguments(tiny_sd3, tmp_path)
