@@ -1,7 +1,7 @@
 """Base and LoRA on the same prompts and noise: `python eval/evaluate.py --lora runs/.../lora`; --help lists options.
 
-Writes evaluation.json and before_after.png (grid.png without a LoRA). Options not given are those of the run that the
-LoRA lies in, if it does, else of the model's preset.
+Writes evaluation.json, before_after.png (grid.png without a LoRA) and every image under samples/. Options not given are
+those of the run that the LoRA lies in, if it does, else of the model's preset.
 """
 
 from __future__ import annotations
@@ -16,10 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from sd3_adrpo import cli, plan
+from sd3_adrpo import optional_metrics as optional
 from sd3_adrpo.config import Config
 from sd3_adrpo.errors import UserError
+from sd3_adrpo.geneval import check_geneval, write_geneval
 from sd3_adrpo.loading import run_of
 from sd3_adrpo.prompts import Prompt, PromptFileError, file_hash, read_prompts
+from sd3_adrpo.provenance import versions
 
 OPTIONS = {  # ours -> the option of a training run that it sets
     "model": ("model", '"shapes" (built in), a hub id or a local folder'),
@@ -29,6 +32,8 @@ OPTIONS = {  # ours -> the option of a training run that it sets
     "guidance_scale": ("eval.guidance_scale", "1 is none"),
     "batch_size": ("eval.batch_size", "images at a time; does not change them"),
     "seed": ("eval.seed", "of the noise"),
+    "embedder": ("eval.embedder", "CLIP of clip_diversity and of --metrics; none: a clip reward's own"),
+    "embedder_pretrained": ("eval.embedder_pretrained", "with a name: its tag, or a weight file"),
     "height": ("rollout.height", "pixels"),
     "width": ("rollout.width", "pixels"),
     "max_sequence_length": ("rollout.max_sequence_length", "T5 tokens; as in training"),
@@ -45,13 +50,17 @@ def parse(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, Config
         "--prompts", help="prompt file, all of which is used; none: the test prompts of the run or model"
     )
     parser.add_argument("--output_dir", type=Path, help="none: a new dated folder under runs/")
+    parser.add_argument("--metrics", help="more of them, between commas: " + ", ".join(optional.NAMES))
+    parser.add_argument("--reference_images", type=Path, help="folder for cmmd, kid, fid, ...; none: the base's images")
+    parser.add_argument("--dino_model", default="facebook/dinov2-base", help="hub id or folder, for dino_diversity")
+    parser.add_argument("--geneval_dir", type=Path, help="writes base/ and lora/ as GenEval's own scorer reads them")
     for name, (_, text) in OPTIONS.items():
         parser.add_argument(f"--{name}", help=text)
     argv = list(sys.argv[1:] if argv is None else argv)
     args, unknown = parser.parse_known_args(argv)
     rewards, unknown = _reward_options(unknown)
     if unknown:
-        names = [*OPTIONS, "lora", "prompts", "output_dir"]
+        names = [*OPTIONS, *(action.dest for action in parser._actions)]
         parser.error(f"unknown option {unknown[0]}{cli.nearest(unknown[0].lstrip('-'), names, '--')}")
     given = {target: getattr(args, name) for name, (target, _) in OPTIONS.items() if getattr(args, name) is not None}
     if args.lora and "config" not in given:
@@ -98,6 +107,10 @@ def run(args: argparse.Namespace, config: Config) -> Path:
             raise UserError(f"{name} is {getattr(config.eval, name)}; it must be at least 1")
     prompts, description = choose_prompts(config, args.prompts)
     folder, started = output_folder(args.output_dir), time.monotonic()
+    names = optional.parse_names(args.metrics)
+    files = optional.check_reference(args.reference_images) if args.reference_images else []
+    if args.geneval_dir:
+        check_geneval(prompts, args.geneval_dir)
     print(
         f"{len(prompts)} prompts of {description['file']} ({description['part']}), loading {config.model}", flush=True
     )
@@ -106,12 +119,13 @@ def run(args: argparse.Namespace, config: Config) -> Path:
 
     from sd3_adrpo import evaluation
     from sd3_adrpo.loading import load_lora, load_model
+    from sd3_adrpo.samples import save_samples
     from sd3_adrpo.scoring import Scoring
 
     rollout, model = config.rollout, load_model(config)
     path = load_lora(model, args.lora) if args.lora else None
     policy = evaluation.LoadedLora(model) if path else None
-    scorer = Scoring.load(config, model.device)
+    scorer, embedder = Scoring.load(config, model.device), evaluation.load_embedder(config, model.device)
     condition, negative = evaluation.encode_prompts(model, prompts, config.eval.guidance_scale)
     model.drop_text_encoders()
 
@@ -120,6 +134,7 @@ def run(args: argparse.Namespace, config: Config) -> Path:
         return lambda done, total: (bar.update(done - bar.n), bar.close() if done == total else None)
 
     fixed = {"condition": condition, "negative": negative, "shift": rollout.shift, "progress": progress}
+    fixed |= {"embedder": embedder, "metrics": names, "dino": args.dino_model}
     measured = evaluation.evaluate(policy, model, scorer, prompts, config.eval, rollout.height, rollout.width, **fixed)
     summary = {
         "model": config.model,
@@ -128,15 +143,44 @@ def run(args: argparse.Namespace, config: Config) -> Path:
         "prompts": description,
         "settings": {**vars(config.eval), "height": rollout.height, "width": rollout.width},
         "seconds": round(time.monotonic() - started, 1),
+        "versions": versions(),
         **measured.summary(),
         **scorer.compared(measured.before.scores, getattr(measured.after, "scores", None), measured.before.prompt),
     }
+    if distances := compare_sets(names, measured, files, embedder or scorer):
+        summary["distances"] = distances
     folder.mkdir(parents=True, exist_ok=True)
     picture = measured.save_picture(folder)
+    save_samples(measured, folder)
+    for phase, one in (("base", measured.before), ("lora", measured.after)):
+        if args.geneval_dir and one is not None:
+            write_geneval(prompts, one.images, args.geneval_dir / phase)
     (folder / RESULT).write_text(json.dumps(summary, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     print_tables(summary)
     print(f"\nlook at {picture}; the numbers are in {folder / RESULT}")
     return folder / RESULT
+
+
+def compare_sets(names: Sequence[str], measured: Any, files: list[Path], embedder: Any) -> dict[str, Any]:
+    """Distances of base and LoRA from the reference images, or of the LoRA's images from the base's; {} for none."""
+    names = [name for name in names if name in optional.DISTANCES]
+    sides = {"before": measured.before, "after": measured.after}
+    if not files:
+        sides.pop("before")
+    sides = {phase: one for phase, one in sides.items() if one is not None}
+    if not names or not sides:
+        return {}
+    if not hasattr(embedder, "embed_images"):
+        raise UserError(f"{names[0]} needs image embeddings: give a CLIP by --embedder and --embedder_pretrained")
+    reference = optional.embed_files(files, embedder) if files else embedder.embed_images(measured.before.images).cpu()
+    about = {
+        "features": embedder.encoder,
+        "reference": f"{len(reference)} {'images' if files else 'images of the base'}",
+    }
+    return about | {
+        phase: optional.set_distances(names, embedder.embed_images(one.images).cpu(), reference)
+        for phase, one in sides.items()
+    }
 
 
 def print_tables(summary: dict[str, Any]) -> None:
@@ -156,6 +200,9 @@ def print_tables(summary: dict[str, Any]) -> None:
             for name, row in categories:
                 label = f"{name[:17]} ({row['prompts']})"
                 print(f"{label:24}" + "".join(f"{_cell(row[metric][column]):>22}" for column in columns))
+    for phase in ("before", "after"):
+        for name, value in summary.get("distances", {}).get(phase, {}).items():
+            print(f"\n{name} {phase} {value:.4f} against {summary['distances']['reference']}", end="")
     print(f"\nreward is {summary['reward']}; accuracy and diversity are shares; ± is a standard error, by prompt")
     print("clip_diversity also falls when wrong images vanish; free_diversity looks at right images only")
 

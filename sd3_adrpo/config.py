@@ -75,6 +75,8 @@ class EvalConfig:
     guidance_scale: float = 1.0  # 1: no guidance
     batch_size: int = 16  # images per forward pass; does not change the images
     seed: int = 12345  # of the noise; training seeds never meet it
+    embedder: str | None = None  # CLIP of clip_diversity, as reward.model; None: a clip reward's own, or the built-in
+    embedder_pretrained: str | None = None  # with a name: its tag, or a weight file
 
 
 @dataclass

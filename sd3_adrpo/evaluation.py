@@ -16,13 +16,14 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
 
-from . import figures
-from .config import EvalConfig
-from .metrics import clip_diversity, mean_and_stderr, paired_difference, w2_drift
+from . import figures, optional_metrics
+from .config import Config, EvalConfig
+from .metrics import clip_diversity, compare_velocities, mean_and_stderr, paired_difference
 from .models.sd3 import SD3
 from .policy import Policy
 from .prompts import Prompt
 from .rewards._images import quantise
+from .rewards.clip import ClipReward
 from .rollout import sample
 from .scoring import Scores, Scoring
 from .seeds import seed_for
@@ -56,17 +57,33 @@ class Measurement:
     w2_drift: Tensor  # (B,) exactly 0 for the base
     clip_diversity: Tensor  # (N,) mean pairwise 1 - cosine; NaN for K = 1
     free_diversity: Tensor  # (N,) of right images, relative to drawn ones; NaN with under two right images
-    free_diversity_mean: float | None  # over all prompts, each weighted by its drawn images' diversity
+    free_diversity_weight: Tensor  # (N,) the drawn images' diversity, which weighs it in a mean; NaN with it
+    extra: dict[str, Tensor] = field(default_factory=dict)  # optional metrics, (B,) or (N,)
     scores: Scores = field(default_factory=dict)  # each (B,): what the reward is made of, and what is only watched
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        return (*METRICS, *self.extra)
+
+    def values(self, metric: str) -> Tensor:
+        """Of single images (B,) or of prompts (N,)."""
+        return self.extra[metric] if metric in self.extra else getattr(self, metric)
 
     def summary(self) -> dict[str, float | None]:
         """Means by metric, None where one does not apply."""
-        means = {name: mean_and_stderr(getattr(self, name))["mean"] for name in METRICS}
+        means = {name: mean_and_stderr(self.values(name))["mean"] for name in self.metrics}
         return {**means, "free_diversity": self.free_diversity_mean}
+
+    @property
+    def free_diversity_mean(self) -> float | None:
+        """Over all prompts: the diversity of what is right, divided by that of what is drawn."""
+        known = ~self.free_diversity.isnan()
+        value, weight = self.free_diversity[known].double(), self.free_diversity_weight[known].double()
+        return ((value * weight).sum() / weight.sum()).item() if len(value) else None
 
     def clusters(self, metric: str) -> Tensor:
         """The prompt that each value of the metric belongs to."""
-        return self.prompt if len(getattr(self, metric)) == len(self.prompt) else torch.arange(len(self.prompts))
+        return self.prompt if len(self.values(metric)) == len(self.prompt) else torch.arange(len(self.prompts))
 
 
 @dataclass
@@ -123,6 +140,9 @@ def measure(
     shift: float | None = None,
     solver: str = "euler",
     reference: Measurement | None = None,
+    embedder: Any = None,
+    metrics: Sequence[str] = (),
+    dino: str = "facebook/dinov2-base",
     progress: Progress | None = None,
 ) -> Measurement:
     """Measures the model's weights as they are: drift is against `policy.reference()`, and 0 without a policy.
@@ -130,7 +150,8 @@ def measure(
     For the base of a policy: `with policy.reference(): measure(None, ...)`. An image's noise comes from `config.seed`,
     its prompt's text and its number, whatever else is in the file. `condition` (N rows) and `negative` spare the text
     encoders. A normalised reward is in the units of `reference`, the measurement that this one is compared with.
-    UserError for a size that the model has not.
+    Diversity is measured on the `embedder`'s features, without one on those of the reward where it has some. `metrics`
+    are optional ones of optional_metrics.py. UserError for a size that the model has not.
     """
     scoring = scorer if isinstance(scorer, Scoring) else Scoring({"reward": scorer})
     if condition is None:
@@ -151,18 +172,22 @@ def measure(
             model, condition, index[rows], seeds[rows], sigmas, shape, batch_size=config.batch_size, **options
         )
         images = model.decode(clean, config.batch_size)
-        scores, embeddings = scoring.with_embeddings(images, repeated[rows])
-        drift = torch.zeros(len(clean))
+        scores, embeddings = scoring.with_embeddings(images, repeated[rows], embedder)
+        drift, ratio = torch.zeros(len(clean)), torch.ones(len(clean))
         if policy is not None:
-            drift = w2_drift(policy, clean, condition, index[rows], seeds[rows], batch_size=config.batch_size)
+            found = compare_velocities(policy, clean, condition, index[rows], seeds[rows], batch_size=config.batch_size)
+            drift, ratio = (values.mean(1) for values in found)
         embeddings = torch.full((len(clean), 1), float("nan")) if embeddings is None else embeddings.cpu()
-        parts.append((quantise(images).cpu(), embeddings, drift, *scores.values()))
+        parts.append((quantise(images).cpu(), embeddings, drift, ratio, *scores.values()))
         if progress:
             progress(min(start + config.batch_size, len(texts)), len(texts))
     model.transformer.train(training)
-    images, embeddings, drift, *values = (torch.cat(part) for part in zip(*parts, strict=True))
+    images, embeddings, drift, ratio, *values = (torch.cat(part) for part in zip(*parts, strict=True))
     scores = dict(zip(scoring.scorers, values, strict=True))
-    accuracy, free, free_mean = _verify(images, texts, number)
+    accuracy, free, weight = _verify(images, texts, number)
+    given = None if embeddings.isnan().all() else embeddings
+    extra = optional_metrics.by_prompt(metrics, images, index, given, dino, str(model.device))
+    extra |= {"velocity_norm_ratio": ratio} if "velocity_norm_ratio" in metrics else {}
     return Measurement(
         prompts=[prompt.text for prompt in prompts],
         categories=[prompt.category for prompt in prompts],
@@ -173,28 +198,40 @@ def measure(
         w2_drift=drift,
         clip_diversity=clip_diversity(embeddings, index),
         free_diversity=free,
-        free_diversity_mean=free_mean,
+        free_diversity_weight=weight,
+        extra=extra,
         scores=scores,
     )
 
 
-def _verify(images: Tensor, texts: Sequence[str], number: int) -> tuple[Tensor, Tensor, float | None]:
-    """Accuracy (B,), free diversity (N,) and over all prompts; NaN and None outside the built-in world."""
+def load_embedder(config: Config, device: Any) -> Any:
+    """The CLIP of `eval.embedder`; else None for a CLIP reward, whose own is taken, and for want of one.
+
+    Diversity must not change its meaning with the reward, so the built-in model has the built-in CLIP.
+    """
+    shared = isinstance(config.reward, ClipReward) and config.reward.model == "shapes"
+    chosen = config.eval.embedder or ("shapes" if config.model == "shapes" and not shared else None)
+    return ClipReward(model=chosen, pretrained=config.eval.embedder_pretrained).load(device) if chosen else None
+
+
+def _verify(images: Tensor, texts: Sequence[str], number: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Accuracy (B,), free diversity (N,) and its weights (N,); NaN outside the built-in world."""
     from .shapes.grammar import parse  # late: other models do not need the built-in world
-    from .shapes.verifier import free_diversity, verify
+    from .shapes.verifier import assess, free_spread
 
     nan = float("nan")
-    if not any(parse(text) for text in texts[::number]):
-        return torch.full((len(texts),), nan), torch.full((len(texts) // number,), nan), None
-    images = images.float() / 255
-    accuracy = torch.tensor([nan if answer is None else float(answer) for answer in verify(images, texts)])
-
-    def diversity(rows: Sequence[int]) -> float | None:
-        rows = [row for row in rows if accuracy[row] == 1]  # only right images count, and reading takes its time
-        return free_diversity(images[rows], [texts[row] for row in rows])
-
-    free = [diversity(range(start, start + number)) for start in range(0, len(texts), number)]
-    return accuracy, torch.tensor([nan if v is None else v for v in free]), diversity(range(len(texts)))
+    accuracy, prompts = torch.full((len(texts),), nan), texts[::number]
+    free, weight = torch.full((len(prompts),), nan), torch.full((len(prompts),), nan)
+    if not any(parse(text) for text in prompts):
+        return accuracy, free, weight
+    answers = assess(images.float() / 255, texts)
+    accuracy = torch.tensor([nan if answer is None else float(answer) for answer, _ in answers])
+    for row, prompt in enumerate(prompts):
+        right = [attributes for _, attributes in answers[row * number : (row + 1) * number] if attributes is not None]
+        if len(right) > 1:
+            own, weight[row] = free_spread(prompt, right)
+            free[row] = own / weight[row]
+    return accuracy, free, weight
 
 
 def evaluate(
@@ -238,7 +275,7 @@ def compare(before: Measurement, after: Measurement | None) -> dict[str, Any]:
     if before.prompts != after.prompts or before.prompt.shape != after.prompt.shape:
         raise ValueError("the two measurements are of other prompts or other numbers of images: they cannot be paired")
     summary = {"before": before.summary(), "after": after.summary()}
-    difference = {name: _paired(before, after, name) for name in METRICS}
+    difference = {name: _paired(before, after, name) for name in before.metrics}
     first, second = before.free_diversity_mean, after.free_diversity_mean
     difference["free_diversity"]["mean"] = None if first is None or second is None else second - first
     return {**summary, "difference": difference}
@@ -247,7 +284,7 @@ def compare(before: Measurement, after: Measurement | None) -> dict[str, Any]:
 def _paired(before: Measurement, after: Measurement, name: str, rows: Tensor | None = None) -> dict[str, float | None]:
     clusters = before.clusters(name)
     rows = torch.ones(len(clusters), dtype=torch.bool) if rows is None else rows
-    return paired_difference(getattr(before, name)[rows], getattr(after, name)[rows], clusters[rows])
+    return paired_difference(before.values(name)[rows], after.values(name)[rows], clusters[rows])
 
 
 def table(before: Measurement, after: Measurement | None = None) -> dict[str, dict[str, Any]]:
@@ -261,11 +298,11 @@ def table(before: Measurement, after: Measurement | None = None) -> dict[str, di
 
 def _row(before: Measurement, after: Measurement | None, members: Tensor) -> dict[str, Any]:
     row: dict[str, Any] = {"prompts": len(members), "images": int(torch.isin(before.prompt, members).sum())}
-    for name in METRICS:
+    for name in before.metrics:
         rows = torch.isin(before.clusters(name), members)
-        cells = {"before": mean_and_stderr(getattr(before, name)[rows], before.clusters(name)[rows])}
+        cells = {"before": mean_and_stderr(before.values(name)[rows], before.clusters(name)[rows])}
         if after is not None:
-            cells["after"] = mean_and_stderr(getattr(after, name)[rows], after.clusters(name)[rows])
+            cells["after"] = mean_and_stderr(after.values(name)[rows], after.clusters(name)[rows])
             cells["difference"] = _paired(before, after, name, rows)
         row[name] = cells
     return row

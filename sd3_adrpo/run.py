@@ -1,6 +1,6 @@
 """A run from its folder's point of view: set up, measure, train, measure again, export; log and save all the while.
 
-config.yaml  prompts.json  metrics.jsonl  grids/  checkpoints/  lora/  before_after.png  summary.json
+config.yaml  prompts.json  metrics.jsonl  grids/  checkpoints/  lora/  samples/  before_after.png  summary.json
 """
 
 from __future__ import annotations
@@ -23,11 +23,14 @@ from .canary import check_learning
 from .checkpoint import find_checkpoint, load_checkpoint, prune, save_checkpoint
 from .config import Config, EvalConfig
 from .errors import UserError
-from .evaluation import Evaluation, Measurement, compare, encode_prompts, measure
+from .evaluation import Evaluation, Measurement, compare, encode_prompts, load_embedder, measure
 from .export import model_card, save_lora, verify_lora
+from .metrics import clip_diversity, mean_and_stderr
 from .models.sd3 import SD3
 from .plan import Plan
 from .policy import Policy
+from .provenance import versions
+from .samples import save_samples
 from .scoring import Scoring
 from .trainer import Interrupted, Trainer
 
@@ -36,6 +39,7 @@ diffusers_logging.disable_progress_bar()
 transformers_logging.disable_progress_bar()
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 GRID_PROMPTS, GRID_IMAGES = 6, 4
+CURVE_IMAGES = 256
 
 
 class Run:
@@ -97,6 +101,7 @@ class Run:
         self.model = SD3.load(config.model, dtype, self.accelerator.device, rollout.max_sequence_length)
         self.model.latent_shape(rollout.height, rollout.width)  # an impossible size is said here, before the rest loads
         self.scorer = Scoring.load(config, self.accelerator.device)
+        self.embedder = load_embedder(config, self.accelerator.device)
         condition, negative = encode_prompts(self.model, self.plan.train, rollout.guidance_scale)
         self.test = encode_prompts(self.model, self.plan.test, config.eval.guidance_scale)
         again = self.model.encode([self.plan.train[-1].text])  # alone, not in the cache's batch
@@ -126,6 +131,7 @@ class Run:
                 negative=self.test[1],
                 shift=rollout.shift,
                 reference=reference,
+                embedder=self.embedder,
                 progress=lambda done, _: bar.update(done - bar.n),
             )
 
@@ -155,7 +161,7 @@ class Run:
                 bar.update(done - bar.n)
 
             metrics, updates = self.trainer.run_epoch(progress)
-            metrics |= self._accuracy() | {"seconds": time.monotonic() - started}
+            metrics |= self._accuracy() | self._diversity() | {"seconds": time.monotonic() - started}
             metrics["images_per_second"] = self.trainer.samples / metrics["seconds"]
             metrics |= {name: updates[-1][name] for name in ("w2", "velocity_norm_ratio") if name in updates[-1]}
             shown = {k: f"{metrics[k]:.3f}" for k in self._shown(metrics)}
@@ -190,6 +196,16 @@ class Run:
             return {}
         answers = [answer for answer in verify(images.float() / 255, texts) if answer is not None]
         return {"accuracy": sum(answers) / len(answers)} if answers else {}
+
+    def _diversity(self) -> dict[str, float]:
+        """Of the epoch's first images, where something embeds them: cheap, and enough for a curve."""
+        embedder, (images, texts) = self.embedder or self.scorer.embedder, self.trainer.last_images
+        if embedder is None:
+            return {}
+        texts = texts[:CURVE_IMAGES]
+        index = torch.tensor([texts.index(text) for text in texts])
+        value = mean_and_stderr(clip_diversity(embedder.embed_images(images[: len(texts)]), index))["mean"]
+        return {} if value is None else {"clip_diversity": value}
 
     def _log(self, epoch: int, metrics: dict[str, float], updates: list[dict[str, float]]) -> None:
         if not self.main:
@@ -247,6 +263,7 @@ class Run:
             "model": self.config.model,
             "reward": f"{self.scorer.unit}, {self.scorer.encoder}",
             "test_prompts": self.plan.description["test"],
+            "versions": versions(),
             **compare(before, after),
             **self.scorer.compared(before.scores, after.scores, before.prompt),
         }
@@ -258,7 +275,9 @@ class Run:
         difference = verify_lora(self.folder / "lora", self.model, self.policy.velocity)
         summary["lora_difference"] = difference
         result.write_text(json.dumps(summary, indent=2) + "\n")
-        picture = Evaluation(before, after).save_picture(self.folder)
+        evaluation = Evaluation(before, after)
+        save_samples(evaluation, self.folder)
+        picture = evaluation.save_picture(self.folder)
         figures.curves(self.folder / "metrics.jsonl", self.folder / "curves.png")
         card = model_card(
             summary,

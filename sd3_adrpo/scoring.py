@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -74,15 +75,21 @@ class Scoring:
         """Scores of images (B, 3, H, W) in [0, 1] and their prompts. RewardError names the reward that has none."""
         return {key: self._score(key, lambda s=s: s(images, prompts), prompts) for key, s in self.scorers.items()}
 
-    def with_embeddings(self, images: Tensor, prompts: Sequence[Prompt]) -> tuple[Scores, Tensor | None]:
-        """The same, and image embeddings (B, E) of the first scorer that has some, so that they are computed once."""
-        scores, embeddings = {}, None
+    @property
+    def embedder(self) -> Any:
+        """The first scorer that embeds images, or None."""
+        return next((scorer for scorer in self.scorers.values() if hasattr(scorer, "embed_images")), None)
+
+    def with_embeddings(
+        self, images: Tensor, prompts: Sequence[Prompt], embedder: Any = None
+    ) -> tuple[Scores, Tensor | None]:
+        """Scores, and image embeddings (B, E) of `embedder`; without one, of the first scorer that has some."""
+        if embedder is not None or self.embedder is None:
+            return self(images, prompts), None if embedder is None else embedder.embed_images(images)
+        embeddings, scores = self.embedder.embed_images(images), {}  # once, for score and diversity
         for key, scorer in self.scorers.items():
-            if embeddings is None and hasattr(scorer, "embed_images"):
-                embeddings = found = scorer.embed_images(images)
-                scores[key] = self._score(key, lambda s=scorer, e=found: s.score(e, prompts), prompts)
-            else:
-                scores[key] = self._score(key, lambda s=scorer: s(images, prompts), prompts)
+            call = partial(scorer.score, embeddings) if scorer is self.embedder else partial(scorer, images)
+            scores[key] = self._score(key, partial(call, prompts), prompts)
         return scores, embeddings
 
     def _score(self, key: str, call: Any, prompts: Sequence[Prompt]) -> Tensor:

@@ -85,15 +85,17 @@ def test_only_prompts_of_the_world_have_an_accuracy(model):
     assert outside["accuracy"] is None and outside["free_diversity"] is None and outside["reward"] is not None
 
 
-def _measurement(reward, accuracy, drift, clip, free, free_mean) -> Measurement:
-    tensors = [torch.tensor(values) for values in (reward, accuracy, drift, clip, free)]
+def _measurement(reward, accuracy, drift, clip, free, weight) -> Measurement:
+    tensors = [torch.tensor(values) for values in (reward, accuracy, drift, clip, free, weight)]
     prompt, images = torch.tensor([0, 0, 1, 1]), torch.zeros(4, 3, 8, 8, dtype=torch.uint8)
-    return Measurement(["p", "q"], ["x", None], prompt, images, *tensors, free_mean)
+    return Measurement(["p", "q"], ["x", None], prompt, images, *tensors)
 
 
 def test_comparison_by_hand():
-    before = _measurement([1.0, 3.0, 5.0, 7.0], [0.0, 1.0, NAN, NAN], [0.0] * 4, [0.5, 0.7], [NAN, 0.8], 0.8)
-    after = _measurement([2.0, 4.0, 8.0, 10.0], [1.0, 1.0, NAN, NAN], [0.1, 0.1, 0.3, 0.3], [0.4, 0.4], [0.5, 0.9], 0.7)
+    before = _measurement([1.0, 3.0, 5.0, 7.0], [0.0, 1.0, NAN, NAN], [0.0] * 4, [0.5, 0.7], [NAN, 0.8], [NAN, 0.5])
+    after = _measurement(
+        [2.0, 4.0, 8.0, 10.0], [1.0, 1.0, NAN, NAN], [0.1, 0.1, 0.3, 0.3], [0.4, 0.4], [0.5, 0.9], [1.0, 1.0]
+    )
     found = compare(before, after)
     assert list(found["before"]) == list(found["after"]) == list(found["difference"]) == list(METRICS)
     assert found["before"] == pytest.approx(
@@ -104,7 +106,7 @@ def test_comparison_by_hand():
     assert difference["w2_drift"] == pytest.approx({"mean": 0.2, "stderr": 0.1})
     assert difference["clip_diversity"] == pytest.approx({"mean": -0.2, "stderr": 0.1})
     assert difference["accuracy"] == {"mean": 0.5, "stderr": None}  # of one prompt
-    assert difference["free_diversity"]["mean"] == pytest.approx(-0.1)
+    assert difference["free_diversity"]["mean"] == pytest.approx(-0.1)  # (0.5 + 0.9) / 2 - 0.8
     row = table(before, after)["x"]
     assert (row["prompts"], row["images"]) == (1, 2)
     assert row["reward"]["after"] == {"mean": 3.0, "stderr": None}
@@ -112,7 +114,7 @@ def test_comparison_by_hand():
 
 
 def test_other_prompts_cannot_be_paired():
-    one = _measurement([1.0] * 4, [NAN] * 4, [0.0] * 4, [0.5] * 2, [NAN] * 2, None)
+    one = _measurement([1.0] * 4, [NAN] * 4, [0.0] * 4, [0.5] * 2, [NAN] * 2, [NAN] * 2)
     other = Measurement(**{**vars(one), "prompts": ["p", "r"]})
     with pytest.raises(ValueError, match="cannot be paired"):
         compare(one, other)
@@ -150,6 +152,37 @@ def test_command_evaluates_an_exported_lora_like_the_policy(tiny_sd3, model, tmp
     assert "reward is brightness" in capsys.readouterr().out
     assert command(_arguments(tiny_sd3, tmp_path)) == 1  # the result is not overwritten
     assert "holds an evaluation.json already" in capsys.readouterr().err
+
+
+def test_command_measures_more_on_request(tiny_sd3, model, tmp_path, command, monkeypatch, capsys):
+    monkeypatch.setattr("sd3_adrpo.rewards.clip.ClipReward.load", lambda *_: Scorer())
+    _policy(model, 1.0)
+    save_lora(model.transformer, tmp_path / "lora")
+    arguments = [*_arguments(tiny_sd3, tmp_path), f"--lora={tmp_path / 'lora'}"]
+    assert command([*arguments, "--metrics=vendi,velocity_norm_ratio,cmmd,recall"]) == 0
+    stored = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    assert stored["before"]["velocity_norm_ratio"] == 1.0 != stored["after"]["velocity_norm_ratio"]
+    assert 1 <= stored["before"]["vendi"] <= 2 and stored["difference"]["vendi"]["stderr"] is not None
+    assert stored["distances"]["reference"] == "4 images of the base" and stored["distances"]["after"]["cmmd"] > 0
+    samples = json.loads((tmp_path / "out" / "samples" / "samples.json").read_text())
+    assert len(samples["after"]["vendi"]) == 2 and len(samples["after"]["velocity_norm_ratio"]) == 4
+    capsys.readouterr()
+    assert command([*arguments, f"--output_dir={tmp_path / 'new'}", "--metrics=vendy"]) == 1
+    assert "'vendy' is not known" in capsys.readouterr().err
+
+
+def test_diversity_does_not_depend_on_the_reward(model):
+    class Plain:
+        unit, encoder = "darkness", "none"
+
+        def __call__(self, images, prompts):
+            return -images.flatten(1).mean(1)
+
+    assert measure(None, model, Plain(), PROMPTS, CONFIG, 64, 64).summary()["clip_diversity"] is None
+    apart = measure(None, model, Plain(), PROMPTS, CONFIG, 64, 64, embedder=Scorer())
+    together = measure(None, model, Scorer(), PROMPTS, CONFIG, 64, 64)
+    torch.testing.assert_close(apart.clip_diversity, together.clip_diversity)
+    assert (apart.reward < 0).all() and (together.reward > 0).all()
 
 
 def test_command_without_a_lora_and_with_bad_input(tiny_sd3, tmp_path, command, monkeypatch, capsys):

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from sd3_adrpo import cli, plan
 from sd3_adrpo.errors import UserError
 from sd3_adrpo.run import Run
+from sd3_adrpo.samples import image_path, load_samples
 from sd3_adrpo.trainer import Trainer
 
 ROOT = Path(__file__).parent.parent
@@ -50,11 +51,16 @@ def test_a_run_leaves_what_it_promises(tmp_path, few_prompts):
     for name in "config.yaml prompts.json metrics.jsonl before_after.png curves.png lora/README.md".split():
         assert (folder / name).stat().st_size > 0, name
     assert (folder / "grids" / "epoch-0001.png").exists()
+    samples = load_samples(folder)
+    assert all(image_path(folder, phase, 1, 1).is_file() for phase in ("before", "after"))
     stored = json.loads((folder / "summary.json").read_text())
     assert stored["images"] == 32 and stored["epochs"] == 2 and stored["objective"] == "adrpo"
     assert set(stored["before"]) == {"reward", "clip_diversity", "w2_drift", "accuracy", "free_diversity"}
     assert stored["before"]["w2_drift"] == 0.0 and stored["after"]["w2_drift"] > 0
     assert stored["lora_difference"] < 1e-5
+    assert sum(samples["after"]["reward"]) / len(samples["after"]["reward"]) == pytest.approx(
+        summary["after"]["reward"]
+    )
     assert summary["after"]["reward"] == pytest.approx(stored["after"]["reward"])
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [line["kind"] for line in lines].count("update") == 8  # 2 epochs x 2 inner x 16 / 8

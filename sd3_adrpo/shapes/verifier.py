@@ -21,7 +21,18 @@ from .drawing import LARGE, SIZE, SIZE_BOUNDARY, SMALL, draw_scenes, lay_out
 from .grammar import Group, Scene, one_word_wrong, parse, random_scene
 from .reading import Found, read, read_all
 
-__all__ = ["Found", "assign", "free_attributes", "free_diversity", "matches", "measure", "read", "read_all", "verify"]
+__all__ = [
+    "Found",
+    "assess",
+    "assign",
+    "free_attributes",
+    "free_diversity",
+    "free_spread",
+    "matches",
+    "measure",
+    "read",
+]
+__all__ += ["read_all", "verify"]
 
 DRAWN = 64  # layouts per prompt behind the reference of `free_diversity`
 
@@ -63,9 +74,20 @@ def verify(images: Tensor, prompts: Sequence[str]) -> list[bool | None]:
 
     None where there is no answer: the prompt is outside the grammar, or the images are not 64 x 64.
     """
+    return [answer for answer, _ in assess(images, prompts)]
+
+
+def assess(images: Tensor, prompts: Sequence[str]) -> list[tuple[bool | None, Tensor | None]]:
+    """`verify`'s answer and, of a right image, its `free_attributes`; each image is read once."""
     if len(images) != len(prompts):
         raise ValueError(f"{len(images)} images and {len(prompts)} prompts: give one prompt per image")
-    return [None if result is None else result[1] is not None for result in _judge(images, prompts)]
+    results: list[tuple[bool | None, Tensor | None]] = []
+    for result in _judge(images, prompts):
+        if result is None:
+            results.append((None, None))
+        else:
+            results.append((result[1] is not None, None if result[1] is None else free_attributes(*result)))
+    return results
 
 
 def _judge(images: Tensor, prompts: Sequence[str]) -> Iterator[tuple[Scene, list[Found] | None, Tensor] | None]:
@@ -127,13 +149,17 @@ def free_diversity(images: Tensor, prompts: Sequence[str]) -> float | None:
     quantity over the same prompts in seeded drawings (their true attributes). None if no prompt has two right images.
     """
     rows: dict[str, list[Tensor]] = {}
-    for prompt, result in zip(prompts, _judge(images, prompts), strict=True):
-        if result is not None and result[1] is not None:
-            rows.setdefault(prompt, []).append(free_attributes(*result))
-    rows = {prompt: values for prompt, values in rows.items() if len(values) > 1}
-    if not rows:
-        return None
-    return sum(_spread(values) for values in rows.values()) / sum(_drawn_spread(prompt) for prompt in rows)
+    for prompt, (_, attributes) in zip(prompts, assess(images, prompts), strict=True):
+        if attributes is not None:
+            rows.setdefault(prompt, []).append(attributes)
+    spreads = [free_spread(prompt, values) for prompt, values in rows.items() if len(values) > 1]
+    return sum(own for own, _ in spreads) / sum(drawn for _, drawn in spreads) if spreads else None
+
+
+def free_spread(prompt: str, attributes: list[Tensor]) -> tuple[float, float]:
+    """Of a prompt's right images, n >= 2 with their `free_attributes` (k,), and of as many drawn ones as it takes:
+    numerator and denominator of `free_diversity`."""
+    return _spread(attributes), _drawn_spread(prompt)
 
 
 def degrade(images: Tensor, generator: torch.Generator, blur: float = 0.7, noise: float = 0.03) -> Tensor:
