@@ -83,7 +83,7 @@ class Run:
             self._say(f"stopped and saved; go on with --resume_from_checkpoint {self.folder}")
             raise SystemExit(130) from None
         except BaseException:
-            if self.accelerator.num_processes == 1:  # else the last whole epoch's checkpoint is the one to resume
+            if self.accelerator.num_processes == 1 or self.trainer.rollout is None:  # where all are at the same place
                 self._save()  # a reward that fails costs nothing that was done before it
             raise
         self.accelerator.end_training()
@@ -172,10 +172,12 @@ class Run:
         from .shapes.verifier import verify  # late: other models do not need the built-in world
 
         images, texts = self.trainer.last_images
-        if images.shape[-1] != 64:
+        if images is None or images.shape[-1] != 64:
             return {}
         answers = [answer for answer in verify(images.float() / 255, texts) if answer is not None]
-        return {"accuracy": sum(answers) / len(answers)} if answers else {}
+        counts = torch.tensor([sum(answers), len(answers)], dtype=torch.float32, device=self.accelerator.device)
+        right, number = self.accelerator.reduce(counts, "sum").tolist()
+        return {"accuracy": right / number} if number else {}
 
     def _log(self, epoch: int, metrics: dict[str, float], updates: list[dict[str, float]]) -> None:
         if not self.main:

@@ -15,8 +15,9 @@ from .config import Config
 from .errors import UserError
 from .flow import add_noise, seeded_noise, stratified_sigmas, velocity_target
 from .models.sd3 import SD3
+from .parallel import any_process, failing_together, gather_rows, share
 from .policy import Policy
-from .rewards.clip import ClipScorer
+from .rewards.clip import ClipScorer, quantise
 from .rollout import sample
 from .seeds import epoch_prompts, generator_for, seed_for
 from .types import Batch, Condition, Rollout
@@ -50,15 +51,12 @@ class Trainer:
         self.shape = model.latent_shape(rollout.height, rollout.width)
         self.sigmas = model.sigmas(rollout.num_inference_steps, rollout.shift, rollout.height, rollout.width)
         self.samples = rollout.prompts_per_epoch * rollout.samples_per_prompt
-        if self.samples % accelerator.num_processes:
+        if self.samples < accelerator.num_processes:
             raise UserError(
-                f"{self.samples} images per epoch cannot be shared by {accelerator.num_processes} processes: "
-                "make rollout.prompts_per_epoch * rollout.samples_per_prompt a multiple of them"
+                f"{self.samples} images per epoch are not enough for {accelerator.num_processes} processes: "
+                "raise rollout.prompts_per_epoch or rollout.samples_per_prompt"
             )
-        self.mine = slice(
-            accelerator.process_index * self.samples // accelerator.num_processes,
-            (accelerator.process_index + 1) * self.samples // accelerator.num_processes,
-        )
+        self.mine = share(self.samples, accelerator)
         self.advantages = Advantages(config.objective.advantage)
         self.optimizer = torch.optim.AdamW(
             policy.parameters(),
@@ -77,9 +75,9 @@ class Trainer:
 
     @property
     def updates_per_pass(self) -> int:
-        samples = self.samples // self.accelerator.num_processes
-        per_update = self.config.train.batch_size * self.config.train.gradient_accumulation_steps
-        return max(1, round(samples / per_update))
+        train = self.config.train
+        per_update = train.batch_size * train.gradient_accumulation_steps * self.accelerator.num_processes
+        return max(1, min(round(self.samples / per_update), self.samples // self.accelerator.num_processes))
 
     def stop_on_signals(self) -> None:
         """From now on SIGINT and SIGTERM end the loop at the next update instead of at once."""
@@ -97,20 +95,37 @@ class Trainer:
             logs += self._update_pass(progress)
             self.inner, self.update = self.inner + 1, 0
         metrics = self._rollout_metrics(self.rollout)
-        self.last_images = self.rollout.images, [self.prompts[index] for index in self.rollout.prompt.tolist()]
+        self.last_images = self.rollout.images, [self.prompts[i] for i in self.rollout.prompt[self.mine].tolist()]
         self.epoch, self.inner, self.rollout = self.epoch + 1, 0, None
-        updates = [dict(zip(log, torch.stack(list(log.values())).tolist(), strict=True)) for log in logs]
-        return metrics, updates
+        return metrics, self._to_numbers(logs)
+
+    def _to_numbers(self, logs: list[dict[str, Tensor]]) -> list[dict[str, float]]:
+        """Means over the processes. Metrics stay on the device until here: one message, one wait per epoch."""
+        if not logs:
+            return []
+        values = self.accelerator.reduce(torch.stack([torch.stack(list(log.values())) for log in logs]), "mean")
+        return [dict(zip(log, row, strict=True)) for log, row in zip(logs, values.tolist(), strict=True)]
 
     # prompts -> latents -> images -> rewards -> advantages
 
     def _sample(self, progress: Any) -> None:
         rollout = self.config.rollout
         chosen = epoch_prompts(len(self.prompts), rollout.prompts_per_epoch, self.epoch, self.config.seed)
-        prompt = torch.tensor(chosen).repeat_interleave(rollout.samples_per_prompt)[self.mine]
-        numbers = range(self.samples)[self.mine]
+        prompts = torch.tensor(chosen).repeat_interleave(rollout.samples_per_prompt)
         self.model.transformer.eval()
-        parts = []
+        with failing_together(self.accelerator):
+            clean, rewards, images = self._sample_mine(prompts[self.mine], progress)
+        clean, rewards = (gather_rows(x, self.samples, self.accelerator) for x in (clean, rewards))
+        self.rollout = Rollout(prompts, clean, rewards, images)
+        advantage = self.advantages(rewards, prompts)
+        self.spread = advantage.std(correction=0).item()
+        clip = self.config.objective.clip
+        self.advantage = advantage.clamp(-clip, clip)
+        self.clip_rate = (advantage.abs() > clip).float().mean().item()
+
+    def _sample_mine(self, prompt: Tensor, progress: Any) -> tuple[Tensor, Tensor, Tensor]:
+        """Latents, rewards and uint8 images of this process's share of the epoch."""
+        rollout, numbers, parts = self.config.rollout, range(self.samples)[self.mine], []
         for start in range(0, len(prompt), rollout.batch_size):
             if self.accelerator.num_processes == 1:
                 self._check_stop()
@@ -131,21 +146,13 @@ class Trainer:
             images = self.model.decode(clean, rollout.batch_size)
             texts = [self.prompts[index] for index in prompt[rows].tolist()]
             rewards = self.scorer(images, texts)
-            parts.append(Rollout(prompt[rows], clean, rewards, (images * 255).round().to(torch.uint8).cpu()))
+            parts.append((clean, rewards, quantise(images).cpu()))
             progress("sampling", start + len(texts), len(prompt))
-        self.rollout = Rollout(
-            *(torch.cat([getattr(p, f) for p in parts]) for f in ("prompt", "clean", "rewards", "images"))
-        )
-        rewards, prompts = (self._gather(x) for x in (self.rollout.rewards, prompt))
-        advantage = self.advantages(rewards, prompts)
-        self.spread = advantage.std(correction=0).item()
-        clip = self.config.objective.clip
-        self.advantage = advantage.clamp(-clip, clip)[self.mine]
-        self.clip_rate = (advantage.abs() > clip).float().mean().item()
+        return tuple(torch.cat(part) for part in zip(*parts, strict=True))
 
     def _rollout_metrics(self, rollout: Rollout) -> dict[str, float]:
-        rewards, prompts = self._gather(rollout.rewards), self._gather(rollout.prompt)
-        _, group = prompts.unique(return_inverse=True)
+        rewards = rollout.rewards
+        _, group = rollout.prompt.unique(return_inverse=True)
         size = torch.bincount(group)
         mean = torch.zeros(len(size)).index_add_(0, group, rewards) / size
         return {
@@ -161,19 +168,21 @@ class Trainer:
 
     def _update_pass(self, progress: Any) -> list[dict[str, Tensor]]:
         """One pass over the samples, with fresh noise: references first, in large batches, then the updates."""
-        train, draws = self.config.train, self.config.train.sigmas_per_sample
-        sigma, noise = self._draw_noise()
-        reference = self._references(sigma, noise)
-        count = len(self.advantage)
-        order = torch.randperm(count, generator=generator_for(self.config.seed, "order", self.epoch, self.inner))
+        train = self.config.train
+        order = torch.randperm(self.samples, generator=generator_for(self.config.seed, "order", self.epoch, self.inner))
+        updates = order.tensor_split(self.updates_per_pass)  # the same samples, however many processes share them
+        shares = [rows[share(len(rows), self.accelerator)] for rows in updates]
+        mine = torch.cat(shares)  # this process's samples in the order in which it trains on them
+        sigma, noise = self._draw_noise(mine)
+        reference = self._references(mine, sigma, noise)
+        places = torch.arange(len(mine)).split([len(rows) for rows in shares])
         logs = []
-        for update, rows in enumerate(order.tensor_split(self.updates_per_pass)):
+        for update, (rows, place) in enumerate(zip(updates, places, strict=True)):
             if update < self.update:  # resumed in the middle of a pass
                 continue
             self._check_stop()
-            micro = rows.split(-(-len(rows) // train.gradient_accumulation_steps))
-            for part in micro:
-                loss, metrics = self._loss(part, sigma, noise, reference, draws)
+            for part in place.split(-(-len(place) // train.gradient_accumulation_steps)):
+                loss, metrics = self._loss(mine[part], sigma[part], noise[part], reference[part])
                 self.scaler.scale(loss * len(part) / len(rows)).backward()
             metrics["grad_norm"] = self._step()
             logs.append(metrics)
@@ -183,53 +192,53 @@ class Trainer:
             )
         return logs
 
-    def _draw_noise(self) -> tuple[Tensor, Tensor]:
-        """sigma (B, draws) and noise (B, draws, C, h, w), the same whatever the batch size or number of processes."""
+    def _draw_noise(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """sigma (B, draws) and noise (B, draws, C, h, w) of these samples, whatever batch or process they are in."""
         train, seed = self.config.train, self.config.seed
         generator = generator_for(seed, "sigma", self.epoch, self.inner)
-        sigma = stratified_sigmas(self.samples, train.sigmas_per_sample, train.sigma_shift, generator)[self.mine]
-        names = [seed_for(seed, "noise", self.epoch, self.inner, number) for number in range(self.samples)[self.mine]]
+        sigma = stratified_sigmas(self.samples, train.sigmas_per_sample, train.sigma_shift, generator)[rows]
+        names = [seed_for(seed, "noise", self.epoch, self.inner, number) for number in rows.tolist()]
         return sigma, seeded_noise(names, (train.sigmas_per_sample, *self.shape))
 
     @torch.no_grad()
-    def _references(self, sigma: Tensor, noise: Tensor) -> Tensor:
+    def _references(self, rows: Tensor, sigma: Tensor, noise: Tensor) -> Tensor:
         """v_ref (B, draws, C, h, w) in the model's dtype, from passes as large as the rollout's."""
-        clean, prompt = self.rollout.clean, self.rollout.prompt
+        clean, prompt = self.rollout.clean[rows], self.rollout.prompt[rows]
         draws, device = sigma.shape[1], self.model.device
         parts = []
         with self.policy.reference():
-            for rows in torch.arange(len(clean)).split(max(1, self.config.rollout.batch_size // draws)):
+            for part in torch.arange(len(rows)).split(max(1, self.config.rollout.batch_size // draws)):
                 noisy = add_noise(
-                    clean[rows].repeat_interleave(draws, 0), noise[rows].flatten(0, 1), sigma[rows].flatten()
+                    clean[part].repeat_interleave(draws, 0), noise[part].flatten(0, 1), sigma[part].flatten()
                 )
-                condition = self.condition.select(prompt[rows].repeat_interleave(draws)).to(device)
-                v = self.policy.velocity(noisy.to(device), sigma[rows].flatten().to(device), condition)
+                condition = self.condition.select(prompt[part].repeat_interleave(draws)).to(device)
+                v = self.policy.velocity(noisy.to(device), sigma[part].flatten().to(device), condition)
                 parts.append(v.to(self.model.dtype).unflatten(0, (-1, draws)).cpu())
         return torch.cat(parts)
 
-    def _loss(self, rows: Tensor, sigma: Tensor, noise: Tensor, reference: Tensor, draws: int):
-        device = self.model.device
+    def _loss(self, rows: Tensor, sigma: Tensor, noise: Tensor, reference: Tensor):
+        device, draws = self.model.device, sigma.shape[1]
         clean = self.rollout.clean[rows].repeat_interleave(draws, 0).to(device)
-        noise, sigma = noise[rows].flatten(0, 1).to(device), sigma[rows].flatten().to(device)
+        noise, sigma = noise.flatten(0, 1).to(device), sigma.flatten().to(device)
         batch = Batch(
             advantage=self.advantage[rows].repeat_interleave(draws).to(device),
             sigma=sigma,
             noisy=add_noise(clean, noise, sigma),
             target=velocity_target(clean, noise),
-            reference=reference[rows].flatten(0, 1).to(device),
+            reference=reference.flatten(0, 1).to(device),
             condition=self.condition.select(self.rollout.prompt[rows].repeat_interleave(draws)).to(device),
         )
         velocity = self.policy.velocity(batch.noisy, batch.sigma, batch.condition)
         return self.config.objective.loss(velocity, batch)
 
     def _step(self) -> Tensor:
-        """One optimiser step on the mean gradient of all processes, clipped; returns its norm before clipping."""
-        self.scaler.unscale_(self.optimizer)
+        """One optimiser step on the summed gradient of all processes, clipped; returns its norm before clipping."""
         parameters = [p for p in self.policy.parameters() if p.grad is not None]
         if self.accelerator.num_processes > 1:  # a LoRA's gradient is small: one message instead of DDP's buckets
-            flat = self.accelerator.reduce(torch.cat([p.grad.flatten() for p in parameters]), "mean")
+            flat = self.accelerator.reduce(torch.cat([p.grad.flatten() for p in parameters]), "sum")
             for parameter, part in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
                 parameter.grad = part.view_as(parameter)
+        self.scaler.unscale_(self.optimizer)  # after the sum, in which one process's overflow reaches all
         norm = torch.nn.utils.clip_grad_norm_(parameters, self.config.train.max_grad_norm)
         self.scaler.step(self.optimizer)
         self.scaler.update()
@@ -237,12 +246,9 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         return norm.detach()
 
-    def _gather(self, values: Tensor) -> Tensor:
-        return self.accelerator.gather(values.to(self.accelerator.device)).cpu()
-
     def _check_stop(self) -> None:
-        """Several processes stop between epochs only: within one, each holds samples that the others have not."""
-        if self.stopped and (self.accelerator.num_processes == 1 or self.rollout is None):
+        """Where the state is whole, and all processes come by: they stop together."""
+        if any_process(self.stopped, self.accelerator):
             raise Interrupted
 
     # state
@@ -251,7 +257,8 @@ class Trainer:
         rollout = None
         if self.rollout is not None:
             rollout = {"prompt": self.rollout.prompt, "clean": self.rollout.clean, "rewards": self.rollout.rewards}
-            rollout |= {"images": self.rollout.images, "advantage": self.advantage}
+            whole = self.accelerator.num_processes == 1  # else a process has only its own images, which are for looking
+            rollout |= {"images": self.rollout.images if whole else None, "advantage": self.advantage}
             rollout |= {"spread": self.spread, "clip_rate": self.clip_rate}
         return {
             "progress": {"epoch": self.epoch, "inner": self.inner, "update": self.update},
@@ -272,5 +279,6 @@ class Trainer:
         self.epoch, self.inner, self.update = (state["progress"][name] for name in ("epoch", "inner", "update"))
         if state["rollout"] is not None:
             saved = state["rollout"]
-            self.rollout = Rollout(saved["prompt"], saved["clean"], saved["rewards"], saved["images"])
+            images = None if saved["images"] is None else saved["images"][self.mine]
+            self.rollout = Rollout(saved["prompt"], saved["clean"], saved["rewards"], images)
             self.advantage, self.spread, self.clip_rate = saved["advantage"], saved["spread"], saved["clip_rate"]
