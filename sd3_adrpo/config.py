@@ -27,6 +27,7 @@ class RolloutConfig:
     width: int = 512
     max_sequence_length: int = 128  # T5 tokens; policy, reference and evaluation all use it
     shift: float | None = None  # of the sigma grid; None: the model's own
+    merge_lora: bool = True  # sample with the LoRA inside the weights: faster, the same but for rounding (merging.py)
 
 
 @dataclass

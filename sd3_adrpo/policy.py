@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .config import LoraConfig
 from .errors import UserError
+from .merging import merged
 from .models.sd3 import SD3
 from .types import Condition
 
@@ -20,6 +21,8 @@ ADAPTER = "policy"
 
 class Policy:
     """Velocities under the trained and under the frozen weights, without a second copy of the model."""
+
+    _merged = False
 
     def __init__(self, model: SD3, lora: LoraConfig, gradient_checkpointing: bool = False) -> None:
         self.model = model
@@ -51,6 +54,10 @@ class Policy:
     @contextmanager
     def reference(self) -> Iterator[None]:
         """Adapters off. diffusers' `disable_adapters` would also toggle `requires_grad`: no gradients, in silence."""
+        if self._merged:
+            raise RuntimeError(
+                "the LoRA is merged into the base: the reference is not to be had before it is taken out"
+            )
         before = [layer._disable_adapters for layer in self._layers]
         for layer in self._layers:
             layer._disable_adapters = True
@@ -59,6 +66,18 @@ class Policy:
         finally:
             for layer, disabled in zip(self._layers, before, strict=True):
                 layer._disable_adapters = disabled
+
+    @contextmanager
+    def merged(self) -> Iterator[None]:
+        """The policy without the price of its adapters, for sampling: see merging.py. No gradients within."""
+        if self._merged:
+            raise RuntimeError("the LoRA is merged into the base already")
+        self._merged = True
+        try:
+            with torch.no_grad(), merged(self._layers, ADAPTER):
+                yield
+        finally:
+            self._merged = False
 
     def state_dict(self) -> dict[str, Tensor]:
         return {name: parameter.detach() for name, parameter in self.named_parameters()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -113,7 +114,8 @@ class Trainer:
         chosen = epoch_prompts(len(self.prompts), rollout.prompts_per_epoch, self.epoch, self.config.seed)
         prompts = torch.tensor(chosen).repeat_interleave(rollout.samples_per_prompt)
         self.model.transformer.eval()
-        with failing_together(self.accelerator):
+        weights = self.policy.merged() if rollout.merge_lora else nullcontext()
+        with failing_together(self.accelerator), weights:
             clean, rewards, images = self._sample_mine(prompts[self.mine], progress)
         clean, rewards = (gather_rows(x, self.samples, self.accelerator) for x in (clean, rewards))
         self.rollout = Rollout(prompts, clean, rewards, images)
@@ -169,8 +171,9 @@ class Trainer:
     def _update_pass(self, progress: Any) -> list[dict[str, Tensor]]:
         """One pass over the samples, with fresh noise: references first, in large batches, then the updates."""
         train = self.config.train
-        order = torch.randperm(self.samples, generator=generator_for(self.config.seed, "order", self.epoch, self.inner))
-        updates = order.tensor_split(self.updates_per_pass)  # the same samples, however many processes share them
+        updates = self.order().tensor_split(
+            self.updates_per_pass
+        )  # the same samples, however many processes share them
         shares = [rows[share(len(rows), self.accelerator)] for rows in updates]
         mine = torch.cat(shares)  # this process's samples in the order in which it trains on them
         sigma, noise = self._draw_noise(mine)
@@ -191,6 +194,10 @@ class Trainer:
                 "training", self.inner * self.updates_per_pass + update + 1, train.inner_epochs * self.updates_per_pass
             )
         return logs
+
+    def order(self) -> Tensor:
+        """The samples (B,) in the order of the current pass."""
+        return torch.randperm(self.samples, generator=generator_for(self.config.seed, "order", self.epoch, self.inner))
 
     def _draw_noise(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """sigma (B, draws) and noise (B, draws, C, h, w) of these samples, whatever batch or process they are in."""
