@@ -1,7 +1,7 @@
 """Sampling with the LoRA folded into the frozen weights: one matrix product per layer instead of three.
 
-The merged weight W + (alpha / r) B A is added up in float32 and rounded once to W's type. In float32 its velocities equal
-the adapters' to rounding, 1e-5 of their norm. In bfloat16 the sum is rounded as W itself once was: see
+The merged weight W + (alpha / r) B A is added up in float32 and rounded once to W's type. In float32 its velocities
+equal the adapters' to rounding, 1e-5 of their norm. In bfloat16 the sum is rounded as W itself once was: see
 docs/performance.md for how far that moves a velocity, against what bfloat16 arithmetic does to it anyway.
 """
 

@@ -55,9 +55,7 @@ class Policy:
     def reference(self) -> Iterator[None]:
         """Adapters off. diffusers' `disable_adapters` would also toggle `requires_grad`: no gradients, in silence."""
         if self._merged:
-            raise RuntimeError(
-                "the LoRA is merged into the base: the reference is not to be had before it is taken out"
-            )
+            raise RuntimeError("the LoRA is merged into the base: leave merged() before asking for the reference")
         before = [layer._disable_adapters for layer in self._layers]
         for layer in self._layers:
             layer._disable_adapters = True
