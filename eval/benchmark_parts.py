@@ -160,7 +160,7 @@ def epoch(made: Setup, clock: Clock, repeats: int) -> dict[str, Any]:
     def watched() -> None:
         watches.append(Breakdown(clock))
         with watches[-1].watching(
-            (trainer, "_sample", "advantages"),
+            (trainer, "_sample", "merging, advantages"),
             (trainer, "_sample_mine", "sampling"),
             (trainer, "_draw_noise", "noise"),
             (trainer, "_references", "reference pass"),

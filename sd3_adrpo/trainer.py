@@ -171,9 +171,7 @@ class Trainer:
     def _update_pass(self, progress: Any) -> list[dict[str, Tensor]]:
         """One pass over the samples, with fresh noise: references first, in large batches, then the updates."""
         train = self.config.train
-        updates = self.order().tensor_split(
-            self.updates_per_pass
-        )  # the same samples, however many processes share them
+        updates = self.order().tensor_split(self.updates_per_pass)  # the same for any number of processes
         shares = [rows[share(len(rows), self.accelerator)] for rows in updates]
         mine = torch.cat(shares)  # this process's samples in the order in which it trains on them
         sigma, noise = self._draw_noise(mine)
