@@ -84,6 +84,7 @@ class Config:
     output_dir: str | None = None  # None: a new dated folder under runs/
     resume_from_checkpoint: str | None = None  # a checkpoint folder, a run folder, or "latest"
     dry_run: bool = False
+    text_cache: str | None = None  # folder of prompt embeddings; None: ~/.cache/sd3_adrpo/text; "none": keep none
     objective: Adrpo = field(default_factory=Adrpo)
     reward: ClipReward = field(default_factory=ClipReward)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)

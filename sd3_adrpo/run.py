@@ -28,6 +28,7 @@ from .export import model_card, save_lora, verify_lora
 from .models.sd3 import SD3
 from .plan import Plan
 from .policy import Policy
+from .text_cache import default_folder
 from .trainer import Interrupted, Trainer
 
 logging.getLogger("diffusers.loaders.lora_base").setLevel(logging.ERROR)  # a LoRA has no text encoder part: no news
@@ -93,15 +94,20 @@ class Run:
         config, rollout = self.config, self.config.rollout
         self._say(f"loading {config.model}")
         dtype = DTYPES[config.train.mixed_precision]
-        self.model = SD3.load(config.model, dtype, self.accelerator.device, rollout.max_sequence_length)
+        self.model = SD3.load(
+            config.model, dtype, self.accelerator.device, rollout.max_sequence_length, self._text_cache()
+        )
         try:
             self.model.latent_shape(rollout.height, rollout.width)
         except ValueError as error:
             raise UserError(f"rollout: {error}") from error
         self.scorer = config.reward.load(self.accelerator.device)
-        condition, negative = encode_prompts(self.model, self.plan.train, rollout.guidance_scale)
-        self.test = encode_prompts(self.model, self.plan.test, config.eval.guidance_scale)
-        again = self.model.encode([self.plan.train[-1].text])  # alone, not in the cache's batch
+        with self.accelerator.local_main_process_first():  # the others find its embeddings on disk
+            condition, negative = encode_prompts(self.model, self.plan.train, rollout.guidance_scale)
+            self.test = encode_prompts(self.model, self.plan.test, config.eval.guidance_scale)
+        again = condition.select(torch.tensor([-1]))
+        if self.model.pipeline.text_encoder is not None:  # else all came from disk
+            again = self.model.encode_anew([self.plan.train[-1].text])  # alone, not in the cache's batch
         if not torch.allclose(again.embeds[0].float(), condition.embeds[-1].float(), atol=1e-2, rtol=1e-2):
             raise UserError("the cached prompt embeddings differ from the text encoder's: nothing was trained")
         self.model.drop_text_encoders()
@@ -110,6 +116,13 @@ class Run:
         self.trainer = Trainer(
             config, self.accelerator, self.model, self.policy, self.scorer, prompts, condition, negative
         )
+
+    def _text_cache(self) -> Path | None:
+        """None for the built-in world, whose encoders are small."""
+        chosen = self.config.text_cache
+        if self.config.model == "shapes" or chosen == "none":
+            return None
+        return Path(chosen).expanduser() if chosen else default_folder()
 
     # measuring
 
