@@ -59,7 +59,7 @@ class Rollouts:
         """Prompt to image; every prompt is encoded once."""
         if self.made.encodes:
             self.made.model.encode(PROMPTS)
-        return self.made.model.decode(self.latents(), self.batch)
+        return self.made.model.decode(self.latents(), self.made.config.rollout.decode_batch_size)
 
     def stock_images(self) -> Tensor:
         """The same images by `StableDiffusion3Pipeline.__call__`, each prompt given once, without a LoRA."""
@@ -208,8 +208,9 @@ def phases(made: Setup, rollouts: Rollouts, clock: Clock, repeats: int) -> dict[
         with torch.no_grad():
             vae.decode(ready, return_dict=False)
 
+    chunk = made.config.rollout.decode_batch_size
     actions = {
-        "decoder": lambda: made.model.decode(latents, rollouts.batch),
+        "decoder": lambda: made.model.decode(latents, chunk),
         "decoder_stock": stock_decode,
         "reward": lambda: made.scorer(images, rollouts.texts),
     }

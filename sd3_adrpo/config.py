@@ -23,6 +23,7 @@ class RolloutConfig:
     solver: Literal["euler", "heun", "midpoint"] = "euler"
     guidance_scale: float = 1.0  # 1: no guidance and no second forward pass
     batch_size: int = 16  # images per forward pass; does not change the images
+    decode_batch_size: int = 8  # images that the decoder has in work; its memory, not the images, depends on it
     height: int = 512
     width: int = 512
     max_sequence_length: int = 128  # T5 tokens; policy, reference and evaluation all use it
@@ -92,5 +93,6 @@ class Config:
     lora: LoraConfig = field(default_factory=LoraConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     report_to: str = "tensorboard"  # any tracker of accelerate, or "none"; metrics.jsonl is always written
+    compile: bool = False  # torch.compile of the transformer's blocks; rounds differently (compiling.py)
     checkpointing_epochs: int = 10
     validation_epochs: int = 10  # a grid of fixed prompts and noise every so many epochs

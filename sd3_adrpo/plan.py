@@ -22,7 +22,7 @@ CALLS_PER_STEP = {"euler": 1, "heun": 2, "midpoint": 2}
 KEPT_CHECKPOINTS = 3  # two that stay and the one being written
 POSITIVE = {
     "": "epochs checkpointing_epochs validation_epochs",
-    "rollout": "prompts_per_epoch samples_per_prompt num_inference_steps batch_size height width max_sequence_length",
+    "rollout": "prompts_per_epoch samples_per_prompt num_inference_steps batch_size decode_batch_size height width max_sequence_length",
     "train": "batch_size gradient_accumulation_steps sigmas_per_sample inner_epochs sigma_shift "
     "learning_rate max_grad_norm",
     "lora": "rank alpha",

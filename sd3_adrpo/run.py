@@ -21,6 +21,7 @@ from transformers.utils import logging as transformers_logging
 from . import cli, figures
 from .canary import check_learning
 from .checkpoint import find_checkpoint, load_checkpoint, prune, save_checkpoint
+from .compiling import compile_blocks
 from .config import Config, EvalConfig
 from .errors import UserError
 from .evaluation import Evaluation, Measurement, compare, encode_prompts, measure
@@ -112,6 +113,9 @@ class Run:
             raise UserError("the cached prompt embeddings differ from the text encoder's: nothing was trained")
         self.model.drop_text_encoders()
         self.policy = Policy(self.model, config.lora, config.train.gradient_checkpointing)
+        if config.compile:
+            shape = self.model.latent_shape(rollout.height, rollout.width)
+            compile_blocks(self.policy, condition, shape, rollout.batch_size)
         prompts = [prompt.text for prompt in self.plan.train]
         self.trainer = Trainer(
             config, self.accelerator, self.model, self.policy, self.scorer, prompts, condition, negative

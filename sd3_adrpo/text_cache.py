@@ -37,7 +37,7 @@ def fingerprint(folder: Path) -> str:
 
 
 class TextCache:
-    """`identity` names the encoders, their dtype and the number of T5 tokens; another identity never meets its files."""
+    """`identity` names the encoders, their dtype and the number of T5 tokens; others never meet its files."""
 
     def __init__(self, folder: Path, *identity: object) -> None:
         self.folder, self.identity = folder, identity

@@ -145,7 +145,7 @@ class Trainer:
                 batch_size=rollout.batch_size,
                 velocity=self.policy.velocity,
             )
-            images = self.model.decode(clean, rollout.batch_size)
+            images = self.model.decode(clean, rollout.decode_batch_size)
             texts = [self.prompts[index] for index in prompt[rows].tolist()]
             rewards = self.scorer(images, texts)
             parts.append((clean, rewards, quantise(images).cpu()))
