@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import socket
 import sys
+import traceback
 from pathlib import Path
 
 import torch
@@ -78,6 +79,8 @@ def on_processes(number: int, action) -> list[int]:
                 code = 1
             except SystemExit as stop:
                 code = int(stop.code)
+            except BaseException:
+                traceback.print_exc()
             finally:
                 os._exit(code)
         children.append(child)
@@ -97,6 +100,7 @@ def main(root: Path) -> None:
         train(root / "broken", 2)
 
     codes = {f"on{processes}": on_processes(processes, whole(processes)) for processes in (1, 2, 4)}
+    print(f"codes {codes}", flush=True)
     first = root / "on2" / "checkpoints" / "epoch-0001"
     (root / "resumed" / "checkpoints").mkdir(parents=True)
     first.rename(root / "resumed" / "checkpoints" / "epoch-0001")
