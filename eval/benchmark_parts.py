@@ -13,6 +13,7 @@ from timing import Breakdown, Clock, PeakMemory
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from sd3_adrpo.config import Config
 from sd3_adrpo.flow import add_noise, velocity_target
 from sd3_adrpo.rollout import sample
 from sd3_adrpo.trainer import Trainer
@@ -145,6 +146,27 @@ def _passes(trainer: Trainer) -> list[dict[str, Tensor]]:
     return logs
 
 
+def _without(config: Config) -> dict[str, tuple[str, Any]]:
+    """Options of `rollout` that each take one optimisation back."""
+    return {
+        "merged LoRA": ("merge_lora", False),
+        "decoding in chunks": ("decode_batch_size", config.rollout.batch_size),
+        "batches larger than the training micro-batch": ("batch_size", config.train.batch_size),
+    }
+
+
+def _changed(config: Config, action: Callable[[], None], name: str, value: Any) -> Callable[[], None]:
+    def call() -> None:
+        before = getattr(config.rollout, name)
+        setattr(config.rollout, name, value)
+        try:
+            action()
+        finally:
+            setattr(config.rollout, name, before)
+
+    return call
+
+
 MODEL_CALLS = ("transformer", "backward", "decoder", "reward")
 
 
@@ -173,7 +195,9 @@ def epoch(made: Setup, clock: Clock, repeats: int) -> dict[str, Any]:
         ):
             run()
 
-    seconds = clock.compare({"epoch": run, "watched": watched}, repeats)["epoch"]
+    actions = {name: _changed(made.config, run, *change) for name, change in _without(made.config).items()}
+    compared = clock.compare({"epoch": run, "watched": watched, **actions}, repeats)
+    seconds = compared["epoch"]
     names = sorted({name for watch in watches for name in watch.seconds})
     parts = {name: statistics.median(watch.seconds[name] for watch in watches[1:]) for name in names}
     parts["rest"] = max(0.0, seconds - sum(parts.values()))
@@ -190,6 +214,7 @@ def epoch(made: Setup, clock: Clock, repeats: int) -> dict[str, Any]:
         "epoch_vs_parts": seconds / calls,
         "breakdown": dict(sorted(parts.items(), key=lambda item: -item[1])),
         "peak_memory_bytes": peak,
+        "slower_without": {name: compared[name] / seconds for name in actions},
     }
 
 

@@ -55,7 +55,7 @@ class Setup:
     model: SD3
     policy: Policy
     scorer: ClipScorer
-    stock: StableDiffusion3Pipeline
+    stock: StableDiffusion3Pipeline | None
     condition: Condition  # a row per prompt, as our loop caches it
     stock_condition: Condition  # the same with every token written out, as the stock pipeline has them
     encodes: bool  # whether there are text encoders
@@ -92,7 +92,8 @@ def setup(shape: str, options: list[str], device: torch.device) -> Setup:
     else:
         torch.manual_seed(0)
         pipeline = _random_pipeline(SD35_MEDIUM if shape == "sd3.5-medium" else TINY).to(device, dtype)
-        stock, model = copy.deepcopy(pipeline), SD3(pipeline, shape, length)
+        separate = {**pipeline.components, "transformer": copy.deepcopy(pipeline.transformer)}
+        stock, model = StableDiffusion3Pipeline(**separate), SD3(pipeline, shape, length)
         width = model.transformer.config.joint_attention_dim, model.transformer.config.pooled_projection_dim
         embeds = torch.randn(len(PROMPTS), 77 + length, width[0]).to(dtype)
         condition = stock_condition = Condition(embeds, torch.randn(len(PROMPTS), width[1]).to(dtype))
