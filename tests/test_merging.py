@@ -47,14 +47,10 @@ def test_base_and_adapters_come_back_bit_for_bit(policy):
     after = transformer.state_dict()
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
     assert torch.equal(velocity(policy), velocity(policy))
-    velocity_with_gradient = policy.velocity(torch.randn(1, 16, 8, 8), torch.tensor([0.5]), _one())
-    velocity_with_gradient.square().mean().backward()
-    assert all(p.grad is not None and p.grad.abs().max() > 0 for p in policy.parameters() if p.grad is not None)
-    assert sum(p.grad is not None for p in policy.parameters()) > 0
-
-
-def _one() -> Condition:
-    return Condition(torch.randn(1, 24, 48), torch.randn(1, 40))
+    condition = Condition(torch.ones(1, 24, 48), torch.ones(1, 40))
+    policy.velocity(torch.ones(1, 16, 8, 8), torch.tensor([0.5]), condition).square().mean().backward()
+    gradients = {name: parameter.grad for name, parameter in policy.named_parameters()}
+    assert all(gradient.abs().max() > 0 for name, gradient in gradients.items() if "attn.to_out.0" in name)
 
 
 def test_reference_within_merged_weights_is_refused(policy):
