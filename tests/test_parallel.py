@@ -79,8 +79,7 @@ def test_processes_end_with_the_same_lora(runs, name):
     moved = torch.cat([value.flatten() for key, value in expected.items() if "lora_B" in key])
     other = torch.cat([value.flatten() for key, value in got.items() if "lora_B" in key])
     assert moved.norm() > 0.05  # lora_B starts at zero
-    # Adam's first steps are the sign of the gradient: where that is all but zero, rounding can turn a step around
-    assert (other - moved).norm() / moved.norm() < 0.05
+    assert (other - moved).norm() / moved.norm() < 1e-3  # measured: 2e-5 to 3e-5
 
 
 def test_checkpoints_are_written_once(runs):
