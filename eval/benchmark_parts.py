@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import statistics
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -226,7 +227,8 @@ def phases(made: Setup, rollouts: Rollouts, clock: Clock, repeats: int) -> dict[
     """Images (or prompts) per second of the phases, alone."""
     latents = torch.randn(rollouts.batch, *rollouts.shape)
     images = made.model.decode(latents, rollouts.batch)
-    vae, config = made.stock.vae, made.stock.vae.config
+    vae = copy.deepcopy(made.stock.vae).to(memory_format=torch.contiguous_format)  # as diffusers loads it
+    config = vae.config
     ready = latents.to(made.model.device, vae.dtype) / config.scaling_factor + config.shift_factor
 
     def stock_decode() -> None:

@@ -45,6 +45,7 @@ class SD3:
         self.pipeline = pipeline
         self.transformer, self.vae = pipeline.transformer, pipeline.vae
         allow_repeats(self.transformer)
+        self.vae.to(memory_format=torch.channels_last)  # the order that convolutions are fastest in
         self.name = name
         self.device = self.transformer.device
         self.dtype = self.transformer.dtype  # read once: with float32 adapters the property depends on their order
@@ -210,8 +211,9 @@ class SD3:
         config, images = self.vae.config, []
         for chunk in clean.split(batch_size):
             latent = chunk.to(self.device, torch.float32) / config.scaling_factor + config.shift_factor
-            image = self.vae.decode(latent.to(self.vae.dtype), return_dict=False)[0]
-            images.append((image.float() / 2 + 0.5).clamp(0, 1).to(clean.device))
+            latent = latent.to(self.vae.dtype, memory_format=torch.channels_last)
+            image = self.vae.decode(latent, return_dict=False)[0]
+            images.append((image.float() / 2 + 0.5).clamp(0, 1).to(clean.device).contiguous())
         return torch.cat(images)
 
 
