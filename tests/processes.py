@@ -100,7 +100,6 @@ def main(root: Path) -> None:
         train(root / "broken", 2)
 
     codes = {f"on{processes}": on_processes(processes, whole(processes)) for processes in (1, 2, 4)}
-    print(f"codes {codes}", flush=True)
     first = root / "on2" / "checkpoints" / "epoch-0001"
     (root / "resumed" / "checkpoints").mkdir(parents=True)
     first.rename(root / "resumed" / "checkpoints" / "epoch-0001")
