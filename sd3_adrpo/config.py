@@ -25,10 +25,12 @@ class RolloutConfig:
     solver: Literal["euler", "heun", "midpoint"] = "euler"  # of the ODE; heun and midpoint cost twice the time
     guidance_scale: float = 1.0  # 1: no guidance and no second forward pass
     batch_size: int = 16  # images per forward pass; does not change the images
+    decode_batch_size: int = 8  # images that the decoder has in work; its memory, not the images, depends on it
     height: int = 512  # pixels; a multiple of 16 for SD3 and SD3.5
     width: int = 512  # pixels, likewise
     max_sequence_length: int = 128  # T5 tokens; policy, reference and evaluation all use it
     shift: float | None = None  # of the sigma grid; None: the model's own
+    merge_lora: bool = True  # sample with the LoRA inside the weights: faster, the same but for rounding (merging.py)
 
 
 @dataclass
@@ -93,6 +95,7 @@ class Config:
     dry_run: bool = False  # check everything, print the plan and stop
     reward_timeout: float = 600.0  # seconds that a reward may take for one batch; 0: as long as it likes
     reward_retries: int = 2  # times that a reward which raised is called again, after 1 s, 2 s, ...
+    text_cache: str | None = None  # folder of prompt embeddings; None: ~/.cache/sd3_adrpo/text; "none": keep none
     objective: Objective = field(default_factory=Adrpo)  # what is minimised
     reward: ClipReward = field(default_factory=ClipReward)  # what is maximised
     watch: NoReward = field(default_factory=NoReward)  # what is only watched
@@ -101,6 +104,7 @@ class Config:
     lora: LoraConfig = field(default_factory=LoraConfig)  # what is trained
     eval: EvalConfig = field(default_factory=EvalConfig)  # how the result is measured
     report_to: str = "tensorboard"  # any tracker of accelerate, or "none"; metrics.jsonl is always written
+    compile: bool = False  # torch.compile of the transformer's blocks; rounds differently (compiling.py)
     checkpointing_epochs: int = 10  # a checkpoint every so many epochs; the last two stay
     validation_epochs: int = 10  # a grid of fixed prompts and noise every so many epochs
     evaluation_epochs: int = 0  # the whole test set is measured every so many epochs too; 0: before and after only

@@ -14,7 +14,7 @@ from .types import Batch, Condition, Rollout
 
 @dataclass
 class Draws:
-    """D draws for each of U units; a unit is `members` samples that share sigma and noise. Rows are local."""
+    """D draws for each of U units; a unit is `members` samples that share sigma and noise."""
 
     units: Tensor  # (U, members) rows of the rollout
     sigma: Tensor  # (U, D)
@@ -58,27 +58,23 @@ class Draws:
         )
 
 
-def fresh_noise(
-    units: Tensor, numbers: range, samples: int, draws: int, shift: float, shape: tuple[int, ...], names: tuple
-) -> Draws:
-    """Sigmas and noise by the global number of a unit's first sample: batch sizes and processes cannot change them.
+def fresh_noise(units: Tensor, samples: int, draws: int, shift: float, shape: tuple[int, ...], names: tuple) -> Draws:
+    """Sigmas and noise by the number of a unit's first sample among all `samples`, whatever batch or process it is in.
 
-    `numbers` are those of the local rows among all `samples`; `names` name the draw (seeds.py).
+    `names` name the draw (seeds.py).
     """
-    first = units[:, 0] + numbers.start
+    first = units[:, 0]
     sigma = stratified_sigmas(samples, draws, shift, generator_for(*_named("sigma", names)))[first]
     seeds = [seed_for(*_named("noise", names), number) for number in first.tolist()]
     return Draws(units, sigma, seeded_noise(seeds, (draws, *shape)))
 
 
-def path_steps(units: Tensor, numbers: range, sigmas: Tensor, draws: int, names: tuple) -> Draws:
+def path_steps(units: Tensor, sigmas: Tensor, draws: int, names: tuple) -> Draws:
     """For each unit `draws` different steps of its path, never the last, which has no noise."""
     steps = len(sigmas) - 2
-    if draws > steps:
-        raise ValueError(f"train.sigmas_per_sample is {draws}, but the path has {steps} steps with noise to train on")
     chosen = [
         torch.randperm(steps, generator=generator_for(*_named("sigma", names), number))[:draws]
-        for number in (units[:, 0] + numbers.start).tolist()
+        for number in units[:, 0].tolist()
     ]
     step = torch.stack(chosen)
     return Draws(units, sigmas[step], None, step, sigmas[step + 1])

@@ -154,11 +154,11 @@ class Run:
     def _epoch(self, epoch: int, samples: int, updates: int) -> None:
         objective, rollout = self.objective, self._rollout(epoch, samples)
         weight, _ = objective.weigh(self.advantages(rollout.rewards, torch.arange(samples) // GROUP))
-        units, numbers, names = objective.units(weight, GROUP), range(samples), (self.seed, epoch, 0)
+        units, names = objective.units(weight, GROUP), (self.seed, epoch, 0)
         if objective.noise_level:
-            draws = path_steps(units, numbers, self.sigmas, 4, names)
+            draws = path_steps(units, self.sigmas, 4, names)
         else:
-            draws = fresh_noise(units, numbers, samples, 4, 1.0, SHAPE, names)
+            draws = fresh_noise(units, samples, 4, 1.0, SHAPE, names)
         order = torch.randperm(len(draws), generator=generator_for(self.seed, "order", epoch))
         frozen = {"reference": self.base, "old": self.old}
         for rows in order.tensor_split(updates):

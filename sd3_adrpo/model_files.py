@@ -25,6 +25,7 @@ class ModelFiles:
     stored_bytes: int = 0
     layers: dict[str, tuple[int, int]] = field(default_factory=dict)  # transformer's 2-D weights: name to (out, in)
     config: dict = field(default_factory=dict)  # transformer's
+    vae_config: dict = field(default_factory=dict)
     clip_tokens: int = 77
 
     def text_tokens(self, max_sequence_length: int) -> int:
@@ -69,6 +70,8 @@ def inspect_model(model: str) -> ModelFiles:
             found.config = _json(folder / part / "config.json")
             weights = {name: entry["shape"] for name, entry in tensors.items() if name.endswith(".weight")}
             found.layers = {name[: -len(".weight")]: tuple(s) for name, s in weights.items() if len(s) == 2}
+        if part == "vae":
+            found.vae_config = _json(folder / part / "config.json")
         sizes = [math.prod(entry["shape"]) for entry in tensors.values()]
         found.parameters[part] = sum(sizes) if tensors else None
         found.stored_bytes += sum(

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from .errors import UserError
 from .types import Batch
 
 
@@ -63,3 +64,24 @@ def common_metrics(velocity: Tensor, batch: Batch) -> dict[str, Tensor]:
 
 def detached(**metrics: Tensor) -> dict[str, Tensor]:
     return {name: value.detach() for name, value in metrics.items()}
+
+
+def check_rollout(config: Any) -> None:
+    """UserError where the rollout's options cannot serve the objective."""
+    objective, rollout = config.objective, config.rollout
+    if objective.units_per_group(rollout.samples_per_prompt) < 1:
+        raise UserError(
+            f"objective {objective.name} compares samples of a prompt: rollout.samples_per_prompt is "
+            f"{rollout.samples_per_prompt}, it must be at least 2"
+        )
+    if objective.noise_level and (rollout.guidance_scale != 1 or rollout.solver != "euler"):
+        raise UserError(
+            f"objective {objective.name} samples an SDE without guidance: leave out rollout.guidance_scale and "
+            "rollout.solver"
+        )
+    steps = rollout.num_inference_steps - 1  # the last step of a path has no noise
+    if objective.noise_level and config.train.sigmas_per_sample > steps:
+        raise UserError(
+            f"train.sigmas_per_sample is {config.train.sigmas_per_sample}, but a path of {steps + 1} steps has {steps} "
+            "to train on: raise rollout.num_inference_steps or lower the former"
+        )

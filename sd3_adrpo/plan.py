@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import textwrap
+import time
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,15 +14,16 @@ from typing import Any
 from . import prompts as prompt_files
 from .checkpoint import find_checkpoint
 from .config import Config
+from .cost import CALLS_PER_STEP, FRACTION_OF_PEAK, epoch_flops, memory
 from .errors import UserError
 from .model_files import ModelFiles, inspect_model
 from .prompts import Prompt, file_hash, held_out, read_prompts
 
-CALLS_PER_STEP = {"euler": 1, "heun": 2, "midpoint": 2}
 KEPT_CHECKPOINTS = 3  # two that stay and the one being written
 POSITIVE = {
     "": "epochs checkpointing_epochs validation_epochs",
-    "rollout": "prompts_per_epoch samples_per_prompt num_inference_steps batch_size height width max_sequence_length",
+    "rollout": "prompts_per_epoch samples_per_prompt num_inference_steps batch_size decode_batch_size height width "
+    "max_sequence_length",
     "train": "batch_size gradient_accumulation_steps sigmas_per_sample inner_epochs sigma_shift "
     "learning_rate max_grad_norm",
     "lora": "rank alpha",
@@ -59,6 +61,7 @@ def check(config: Config) -> Plan:
         ("LoRA", f"rank {config.lora.rank}, alpha {config.lora.alpha:g}" + (f", {lora:,} weights" if lora else "")),
         ("epoch", _work(config)),
         ("memory", _memory(config, model, lora)),
+        ("time", _time(config, model)),
         ("disk", _disk(config, lora, output)),
         ("output", str(output or "a new dated folder under runs/")),
     ]
@@ -168,39 +171,54 @@ def _work(config: Config) -> str:
 
 
 def _memory(config: Config, model: ModelFiles, lora: int) -> str:
-    """Weights once per part; 16 bytes per LoRA weight: value, gradient and Adam's two moments in float32."""
+    """Rough, and not yet compared with a GPU: cost.py."""
     if not model.config:
         return "not known before the model is here"
-    item = 4 if config.train.mixed_precision == "no" else 2
-    counts = {name: count or 0 for name, count in model.parameters.items()}
-    encoders = item * sum(count for name, count in counts.items() if name.startswith("text_encoder"))
-    rest = item * sum(counts.values()) - encoders
-    training = rest + 16 * lora + _activations(config, model, item)
-    need = max(rest + encoders, training)
+    need = memory(config, model, lora)
     name, total = _installed_memory()
     return (
-        f"{_gb(rest + encoders)} while prompts are encoded, then {_gb(training)}: {_gb(rest)} frozen weights, "
-        f"{_gb(16 * lora)} LoRA with optimiser, {_gb(training - rest - 16 * lora)} activations (a rough "
-        f"figure), and the reward's model besides; {name} has {_gb(total)}"
+        f"{_gb(need.encoding)} while prompts are encoded; {_gb(need.frozen)} frozen weights, {_gb(need.lora)} LoRA "
+        f"with optimiser, then {_gb(need.sampling)} to sample or {_gb(need.training)} of activations to train (rough "
+        f"figures), and the reward's model besides; {name} has {_gb(total)}"
         + (
             ": THIS MAY NOT FIT; lower train.batch_size, or set train.gradient_checkpointing"
-            if total and need > total
+            if total and need.peak > total
             else ""
         )
     )
 
 
-def _activations(config: Config, model: ModelFiles, item: int) -> int:
-    """Bytes that a backward pass keeps: about 17 values per token, channel and layer (arXiv 2205.05198, without the
-    attention matrix), one with checkpointing."""
-    rollout, train, transformer = config.rollout, config.train, model.config
-    patch = 8 * transformer.get("patch_size", 2)
-    tokens = (rollout.height // patch) * (rollout.width // patch)
-    tokens += model.text_tokens(rollout.max_sequence_length)
-    width = transformer.get("num_attention_heads", 24) * transformer.get("attention_head_dim", 64)
-    layers = transformer.get("num_layers", 24)
-    kept = layers + 17 if train.gradient_checkpointing else 17 * layers
-    return train.batch_size * train.sigmas_per_sample * tokens * width * kept * item
+def _time(config: Config, model: ModelFiles) -> str:
+    """Seconds from operations, at the speed of a matrix product measured here and the share of it that we expect."""
+    if not model.config:
+        return "not known before the model is here"
+    import torch
+
+    kind = "cuda" if torch.cuda.is_available() else "cpu"
+    speed = FRACTION_OF_PEAK[kind] * _matrix_speed(kind, config.train.mixed_precision)
+    work = epoch_flops(config, model)
+    return (
+        f"about {work / speed:.0f} s per epoch on one process, the reward besides: {work / 1e12:.3g} TFLOP, at "
+        f"{FRACTION_OF_PEAK[kind]:.0%} of the speed of matrix products here"
+    )
+
+
+def _matrix_speed(kind: str, precision: str) -> float:
+    """FLOP per second of a large matrix product; takes well under a second."""
+    import torch
+
+    dtype = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[precision]
+    size = 8192 if kind == "cuda" else 512
+    a = torch.randn(size, size, device=kind, dtype=dtype)
+    seconds = []
+    for _ in range(4):
+        start = time.perf_counter()
+        b = a @ a
+        if kind == "cuda":
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
+    del a, b
+    return 2 * size**3 / min(seconds)
 
 
 def _installed_memory() -> tuple[str, int]:

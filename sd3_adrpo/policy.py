@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .config import LoraConfig
 from .errors import UserError
+from .merging import merged
 from .models.sd3 import SD3
 from .types import Condition
 
@@ -20,6 +21,8 @@ ADAPTER = "policy"
 
 class Policy:
     """Velocities under the trained and under the frozen weights, without a second copy of the model."""
+
+    _merged = False
 
     def __init__(self, model: SD3, lora: LoraConfig, gradient_checkpointing: bool = False) -> None:
         self.model = model
@@ -52,6 +55,8 @@ class Policy:
     @contextmanager
     def reference(self) -> Iterator[None]:
         """Adapters off. diffusers' `disable_adapters` would also toggle `requires_grad`: no gradients, in silence."""
+        if self._merged:
+            raise RuntimeError("the LoRA is merged into the base: leave merged() before asking for the reference")
         before = [layer._disable_adapters for layer in self._layers]
         for layer in self._layers:
             layer._disable_adapters = True
@@ -83,6 +88,18 @@ class Policy:
         if self._old is None:
             self._old = [value.clone() for value in current]
         torch._foreach_lerp_(self._old, current, 1 - decay)
+
+    @contextmanager
+    def merged(self) -> Iterator[None]:
+        """The policy without the price of its adapters, for sampling: see merging.py. No gradients within."""
+        if self._merged:
+            raise RuntimeError("the LoRA is merged into the base already")
+        self._merged = True
+        try:
+            with torch.no_grad(), merged(self._layers, ADAPTER):
+                yield
+        finally:
+            self._merged = False
 
     def state_dict(self) -> dict[str, Tensor]:
         return {name: parameter.detach() for name, parameter in self.named_parameters()}

@@ -21,6 +21,7 @@ from transformers.utils import logging as transformers_logging
 from . import cli, figures
 from .canary import check_learning
 from .checkpoint import find_checkpoint, load_checkpoint, prune, save_checkpoint
+from .compiling import compile_blocks
 from .config import Config, EvalConfig
 from .errors import UserError
 from .evaluation import Evaluation, Measurement, compare, encode_prompts, load_embedder, measure
@@ -32,6 +33,7 @@ from .policy import Policy
 from .provenance import versions
 from .samples import save_samples
 from .scoring import Scoring
+from .text_cache import default_folder
 from .trainer import Interrupted, Trainer
 
 logging.getLogger("diffusers.loaders.lora_base").setLevel(logging.ERROR)  # a LoRA has no text encoder part: no news
@@ -88,7 +90,7 @@ class Run:
             self._say(f"stopped and saved; go on with --resume_from_checkpoint {self.folder}")
             raise SystemExit(130) from None
         except BaseException:
-            if self.accelerator.num_processes == 1:  # else the last whole epoch's checkpoint is the one to resume
+            if self.accelerator.num_processes == 1 or self.trainer.rollout is None:  # where all are at the same place
                 self._save()  # a reward that fails costs nothing that was done before it
             raise
         self.accelerator.end_training()
@@ -98,20 +100,35 @@ class Run:
         config, rollout = self.config, self.config.rollout
         self._say(f"loading {config.model}")
         dtype = DTYPES[config.train.mixed_precision]
-        self.model = SD3.load(config.model, dtype, self.accelerator.device, rollout.max_sequence_length)
+        self.model = SD3.load(
+            config.model, dtype, self.accelerator.device, rollout.max_sequence_length, self._text_cache()
+        )
         self.model.latent_shape(rollout.height, rollout.width)  # an impossible size is said here, before the rest loads
         self.scorer = Scoring.load(config, self.accelerator.device)
         self.embedder = load_embedder(config, self.accelerator.device)
-        condition, negative = encode_prompts(self.model, self.plan.train, rollout.guidance_scale)
-        self.test = encode_prompts(self.model, self.plan.test, config.eval.guidance_scale)
-        again = self.model.encode([self.plan.train[-1].text])  # alone, not in the cache's batch
+        with self.accelerator.local_main_process_first():  # the others find its embeddings on disk
+            condition, negative = encode_prompts(self.model, self.plan.train, rollout.guidance_scale)
+            self.test = encode_prompts(self.model, self.plan.test, config.eval.guidance_scale)
+        again = condition.select(torch.tensor([-1]))
+        if self.model.pipeline.text_encoder is not None:  # else all came from disk
+            again = self.model.encode_anew([self.plan.train[-1].text])  # alone, not in the cache's batch
         if not torch.allclose(again.embeds[0].float(), condition.embeds[-1].float(), atol=1e-2, rtol=1e-2):
             raise UserError("the cached prompt embeddings differ from the text encoder's: nothing was trained")
         self.model.drop_text_encoders()
         self.policy = Policy(self.model, config.lora, config.train.gradient_checkpointing)
+        if config.compile:
+            shape = self.model.latent_shape(rollout.height, rollout.width)
+            compile_blocks(self.policy, condition, shape, rollout.batch_size)
         self.trainer = Trainer(
             config, self.accelerator, self.model, self.policy, self.scorer, self.plan.train, condition, negative
         )
+
+    def _text_cache(self) -> Path | None:
+        """None for the built-in world, whose encoders are small."""
+        chosen = self.config.text_cache
+        if self.config.model == "shapes" or chosen == "none":
+            return None
+        return Path(chosen).expanduser() if chosen else default_folder()
 
     # measuring
 
@@ -192,10 +209,12 @@ class Run:
         from .shapes.verifier import verify  # late: other models do not need the built-in world
 
         images, texts = self.trainer.last_images
-        if images.shape[-1] != 64:
+        if images is None or images.shape[-1] != 64:
             return {}
         answers = [answer for answer in verify(images.float() / 255, texts) if answer is not None]
-        return {"accuracy": sum(answers) / len(answers)} if answers else {}
+        counts = torch.tensor([sum(answers), len(answers)], dtype=torch.float32, device=self.accelerator.device)
+        right, number = self.accelerator.reduce(counts, "sum").tolist()
+        return {"accuracy": right / number} if number else {}
 
     def _diversity(self) -> dict[str, float]:
         """Of the epoch's first images, where something embeds them: cheap, and enough for a curve."""

@@ -43,12 +43,12 @@ class Condition:
 
 @dataclass
 class Rollout:
-    """An epoch's samples on one process."""
+    """An epoch's samples, those of all processes."""
 
     prompt: Tensor  # (B,) index of the prompt, long, on the CPU
     clean: Tensor  # (B, C, h, w) sampled latents
     rewards: Tensor  # (B,) float32, CPU
-    images: Tensor | None = None  # (B, 3, H, W) uint8, CPU; only where somebody looks at them
+    images: Tensor | None = None  # (B, 3, H, W) uint8, CPU; of several processes each has its own share
     scores: dict[str, Tensor] = field(default_factory=dict)  # each (B,): what the reward is made of, what is watched
     path: Tensor | None = None  # (B, S + 1, C, h, w) every state of the stochastic sampler, noise first
     velocity: Tensor | None = None  # (B, S, C, h, w) along the path, of the policy that sampled

@@ -31,3 +31,9 @@ def tiny_sd35(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny_sd3(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of a tiny random pipeline without text_encoder_3 and with SD3-medium's plain blocks."""
     return tiny.build(tmp_path_factory.mktemp("tiny_sd3"), t5=False, dual=False)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Prompt embeddings of the tests stay out of the user's cache."""
+    os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))

@@ -22,7 +22,8 @@ def pairwise_diversity(embeddings: Tensor, prompt: Tensor) -> Tensor:
     count = torch.bincount(group, minlength=len(indices)).double()
     total = torch.zeros(len(indices), embeddings.shape[1], dtype=torch.double).index_add_(0, group, embeddings)
     # |sum of e|^2 = n + the cosines of all ordered pairs
-    return 1 - (total.square().sum(-1) - count) / (count * (count - 1))
+    diversity = 1 - (total.square().sum(-1) - count) / (count * (count - 1))
+    return diversity.where(count > 1, torch.nan)  # rounding can make 0 / 0 an infinity
 
 
 clip_diversity = pairwise_diversity  # the name it goes by with a CLIP's embeddings

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import gc
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -24,12 +24,14 @@ from torch import Tensor, nn
 
 from .. import flow
 from ..errors import UserError
+from ..text_cache import TextCache, fingerprint
 from ..types import Condition
 from .repeated_token import allow_repeats
 
 logger = logging.getLogger(__name__)
 
 LOAD_ERRORS = (OSError, ValueError, ImportError, SafetensorError)
+TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 TRUNCATION_LOGGERS = (
     "diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3",
     "transformers.tokenization_utils_base",
@@ -43,10 +45,13 @@ class SD3:
         self.pipeline = pipeline
         self.transformer, self.vae = pipeline.transformer, pipeline.vae
         allow_repeats(self.transformer)
+        self.vae.to(memory_format=torch.channels_last)  # the order that convolutions are fastest in
         self.name = name
         self.device = self.transformer.device
         self.dtype = self.transformer.dtype  # read once: with float32 adapters the property depends on their order
         self.max_sequence_length = max_sequence_length
+        self.text_cache: TextCache | None = None
+        self._load_encoders: Callable[[], StableDiffusion3Pipeline] | None = None  # where they were left on disk
         for module in pipeline.components.values():
             if isinstance(module, nn.Module):
                 module.requires_grad_(False).eval()
@@ -58,11 +63,13 @@ class SD3:
         dtype: torch.dtype = torch.float32,
         device: str | torch.device = "cpu",
         max_sequence_length: int = 128,
+        text_cache: Path | None = None,
     ) -> SD3:
         """Loads "shapes" (the built-in world), a local folder in diffusers' format, or a hub id.
 
         All weights are in `dtype`, but the VAE stays in float32 when that is float16, where its activations overflow.
         Without a T5 encoder (text_encoder_3) its tokens are zeros, `max_sequence_length` of them.
+        With a `text_cache` folder the text encoders load when a prompt turns up that is not in it.
         Raises UserError with the remedy when the model is missing, gated, unreachable, incomplete or no SD3.
         """
         source = _source(model)
@@ -74,14 +81,21 @@ class SD3:
                 raise UserError(f"{model} holds a {kind}; only StableDiffusion3Pipeline (SD3, SD3.5) can be trained")
             # diffusers loads a pipeline that was saved without T5 only when told so again
             absent = [name for name in ("text_encoder_3", "tokenizer_3") if index.get(name, [None])[0] is None]
-            pipeline = StableDiffusion3Pipeline.from_pretrained(
-                source, dtype={"default": dtype, "vae": vae_dtype}, **dict.fromkeys(absent)
-            )
+            options = {"dtype": {"default": dtype, "vae": vae_dtype}, **dict.fromkeys(absent)}
+            later = dict.fromkeys(TEXT_ENCODERS) if text_cache else {}
+            pipeline = StableDiffusion3Pipeline.from_pretrained(source, **{**options, **later})
         except LOAD_ERRORS as error:
             if isinstance(error, UserError):
                 raise
             raise UserError(_explain(model, error)) from error
-        return cls(pipeline.to(device), model, max_sequence_length)
+        made = cls(pipeline.to(device), model, max_sequence_length)
+        if text_cache:
+            folder = Path(source) if Path(source).is_dir() else Path(StableDiffusion3Pipeline.download(source))
+            made.text_cache = TextCache(text_cache, fingerprint(folder), str(dtype), max_sequence_length)
+            made._load_encoders = lambda: StableDiffusion3Pipeline.from_pretrained(
+                source, **{**options, "transformer": None, "vae": None}
+            )
+        return made
 
     @property
     def has_t5(self) -> bool:
@@ -91,11 +105,24 @@ class SD3:
     @torch.no_grad()
     def encode(self, prompts: Sequence[str], batch_size: int = 32) -> Condition:
         """One row per prompt, in `dtype`, on the CPU; embeds (N, T, D), pooled (N, P). One warning for cut prompts."""
+        with _truncation_messages_silenced():
+            self._warn_of_cut_prompts(prompts)
+        if self.text_cache is not None:
+            return self.text_cache.encode(prompts, lambda missing: self.encode_anew(missing, batch_size))
+        return self.encode_anew(prompts, batch_size)
+
+    @torch.no_grad()
+    def encode_anew(self, prompts: Sequence[str], batch_size: int = 32) -> Condition:
+        """`encode` without the cache."""
+        if self.pipeline.text_encoder is None and self._load_encoders is not None:
+            encoders = self._load_encoders()
+            for name in TEXT_ENCODERS:
+                module = getattr(encoders, name)
+                setattr(self.pipeline, name, module and module.to(self.device).requires_grad_(False).eval())
         if self.pipeline.text_encoder is None:
             raise RuntimeError("the text encoders were dropped: encode every prompt before drop_text_encoders()")
         embeds, pooled = [], []
         with _truncation_messages_silenced():
-            self._warn_of_cut_prompts(prompts)
             for start in range(0, len(prompts), batch_size):
                 rows = list(prompts[start : start + batch_size])
                 embed, _, pool, _ = self.pipeline.encode_prompt(
@@ -131,7 +158,8 @@ class SD3:
 
     def drop_text_encoders(self) -> None:
         """Frees the text encoders' memory; the tokenizers stay. A pipeline saved afterwards would lack them."""
-        for name in ("text_encoder", "text_encoder_2", "text_encoder_3"):
+        self._load_encoders = None
+        for name in TEXT_ENCODERS:
             setattr(self.pipeline, name, None)
         gc.collect()
         if torch.cuda.is_available():
@@ -183,8 +211,9 @@ class SD3:
         config, images = self.vae.config, []
         for chunk in clean.split(batch_size):
             latent = chunk.to(self.device, torch.float32) / config.scaling_factor + config.shift_factor
-            image = self.vae.decode(latent.to(self.vae.dtype), return_dict=False)[0]
-            images.append((image.float() / 2 + 0.5).clamp(0, 1).to(clean.device))
+            latent = latent.to(self.vae.dtype, memory_format=torch.channels_last)
+            image = self.vae.decode(latent, return_dict=False)[0]
+            images.append((image.float() / 2 + 0.5).clamp(0, 1).to(clean.device).contiguous())
         return torch.cat(images)
 
 

@@ -1,0 +1,146 @@
+"""The models that the benchmark runs: ours with a LoRA, and the same as a stock pipeline beside it."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+
+from sd3_adrpo import cli
+from sd3_adrpo.config import Config
+from sd3_adrpo.errors import UserError
+from sd3_adrpo.models.sd3 import SD3
+from sd3_adrpo.policy import Policy
+from sd3_adrpo.rewards.clip import ClipScorer
+from sd3_adrpo.trainer import Trainer
+from sd3_adrpo.types import Condition, Rollout
+
+PROMPTS = ["a red circle", "two blue squares", "a green heart above a pink cross", "three yellow stars"]
+SD35_MEDIUM = {  # the published configuration: 2.2 billion weights
+    "sample_size": 128,
+    "patch_size": 2,
+    "in_channels": 16,
+    "out_channels": 16,
+    "num_layers": 24,
+    "attention_head_dim": 64,
+    "num_attention_heads": 24,
+    "joint_attention_dim": 4096,
+    "caption_projection_dim": 1536,
+    "pooled_projection_dim": 2048,
+    "pos_embed_max_size": 384,
+    "dual_attention_layers": tuple(range(13)),
+    "qk_norm": "rms_norm",
+}
+TINY = {  # of the same kind, to try the benchmark itself
+    **SD35_MEDIUM,
+    "num_layers": 2,
+    "attention_head_dim": 16,
+    "num_attention_heads": 2,
+    "joint_attention_dim": 48,
+    "caption_projection_dim": 32,
+    "pooled_projection_dim": 40,
+    "pos_embed_max_size": 16,
+    "dual_attention_layers": (0,),
+}
+SHAPES = ("shapes", "sd3.5-medium", "tiny")
+
+
+@dataclass
+class Setup:
+    config: Config
+    model: SD3
+    policy: Policy
+    scorer: ClipScorer
+    stock: StableDiffusion3Pipeline | None
+    condition: Condition  # a row per prompt, as our loop caches it
+    stock_condition: Condition  # the same with every token written out, as the stock pipeline has them
+    encodes: bool  # whether there are text encoders
+
+    def trainer(self) -> Trainer:
+        """A trainer with samples of noise to train on; its learning rate is 0, so every repeat starts the same."""
+        arguments = (self.config, Accelerator(), self.model, self.policy, self.scorer)
+        made = Trainer(*arguments, PROMPTS, self.condition)
+        generator = torch.Generator().manual_seed(0)
+        prompt = torch.arange(made.samples) % len(PROMPTS)
+        clean = torch.randn(made.samples, *made.shape, generator=generator)
+        made.rollout = Rollout(prompt, clean, torch.zeros(made.samples))
+        made.advantage = torch.randn(made.samples, generator=generator).clamp(-1, 1)
+        made.spread = made.clip_rate = 0.0
+        return made
+
+
+def setup(shape: str, options: list[str], device: torch.device) -> Setup:
+    """`options` are those of train_sd3.py. UserError where a GPU is needed."""
+    if shape == "sd3.5-medium" and device.type != "cuda":
+        raise UserError("--shape sd3.5-medium needs a CUDA GPU; --shape shapes measures on a CPU")
+    preset = {"shapes": ["--model", "shapes"], "sd3.5-medium": ["--config", "sd3.5-medium"]}
+    tiny = "--config sd3.5-medium --rollout.height 64 --rollout.width 64 --train.mixed_precision no".split()
+    config = cli.parse([*preset.get(shape, tiny), "--train.learning_rate", "0", *options])
+    dtype = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[config.train.mixed_precision]
+    length = config.rollout.max_sequence_length
+    if shape == "shapes":
+        model, scorer = SD3.load("shapes", dtype, device, length), config.reward.load(device)
+        stock = SD3.load("shapes", dtype, device, length).pipeline
+        for block in stock.transformer.transformer_blocks:
+            block.attn.set_processor(type(block.attn.processor).__base__())  # the stock one again
+        condition = model.encode(PROMPTS)
+        stock_condition = _written_out(condition)
+    else:
+        torch.manual_seed(0)
+        pipeline = _random_pipeline(SD35_MEDIUM if shape == "sd3.5-medium" else TINY).to(device, dtype)
+        separate = {**pipeline.components, "transformer": copy.deepcopy(pipeline.transformer)}
+        stock, model = StableDiffusion3Pipeline(**separate), SD3(pipeline, shape, length)
+        width = model.transformer.config.joint_attention_dim, model.transformer.config.pooled_projection_dim
+        embeds = torch.randn(len(PROMPTS), 77 + length, width[0]).to(dtype)
+        condition = stock_condition = Condition(embeds, torch.randn(len(PROMPTS), width[1]).to(dtype))
+        scorer = _random_clip("ViT-H-14" if shape == "sd3.5-medium" else "shapes", device)
+    stock.set_progress_bar_config(disable=True)
+    policy = Policy(model, config.lora, config.train.gradient_checkpointing)
+    with torch.no_grad():
+        for name, parameter in policy.named_parameters():
+            if "lora_B" in name:  # as after some training
+                parameter.normal_(std=0.01)
+    return Setup(config, model, policy, scorer, stock, condition, stock_condition, shape == "shapes")
+
+
+def _written_out(condition: Condition) -> Condition:
+    last = condition.embeds[:, -1:].expand(-1, condition.repeats - 1, -1)
+    return Condition(torch.cat([condition.embeds, last], dim=1), condition.pooled)
+
+
+def _random_pipeline(transformer: dict[str, Any]) -> StableDiffusion3Pipeline:
+    large = transformer is SD35_MEDIUM
+    vae = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(128, 256, 512, 512) if large else (8, 8, 8, 8),
+        layers_per_block=2 if large else 1,
+        norm_num_groups=32 if large else 4,
+        latent_channels=16,
+        scaling_factor=1.5305,
+        shift_factor=0.0609,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+    )
+    absent = "text_encoder tokenizer text_encoder_2 tokenizer_2 text_encoder_3 tokenizer_3".split()
+    return StableDiffusion3Pipeline(
+        transformer=SD3Transformer2DModel(**transformer),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=vae,
+        **dict.fromkeys(absent),
+    )
+
+
+def _random_clip(name: str, device: torch.device) -> ClipScorer:
+    if name == "shapes":
+        from sd3_adrpo.rewards.clip import ClipReward
+
+        return ClipReward().load(device)
+    import open_clip
+
+    model, _, transform = open_clip.create_model_and_transforms(name, device=device)
+    return ClipScorer(model, transform, open_clip.get_tokenizer(name), f"{name}, random weights", device)

@@ -1,0 +1,114 @@
+"""An epoch's samples: prompts -> latents -> images -> scores, each process its share, then the rows of all together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import replace
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from .config import Config
+from .models.sd3 import SD3
+from .parallel import failing_together, gather_rows, share
+from .policy import Policy
+from .prompts import Prompt
+from .rewards._images import quantise
+from .rollout import sample, sample_path
+from .scoring import Scoring
+from .seeds import epoch_prompts, seed_for
+from .types import Condition, Rollout
+
+
+class Collector:
+    """Samples with the policy and scores what it drew. `done` are the finished batches of an epoch that is not."""
+
+    def __init__(
+        self,
+        config: Config,
+        accelerator: Accelerator,
+        model: SD3,
+        policy: Policy,
+        scorer: Scoring,
+        prompts: list[Prompt],
+        condition: Condition,
+        negative: Condition | None,
+    ) -> None:
+        self.config, self.accelerator, self.model, self.policy, self.scorer = config, accelerator, model, policy, scorer
+        self.prompts, self.condition, self.negative = prompts, condition, negative
+        rollout = config.rollout
+        self.shape = model.latent_shape(rollout.height, rollout.width)
+        self.sigmas = model.sigmas(rollout.num_inference_steps, rollout.shift, rollout.height, rollout.width)
+        self.samples = rollout.prompts_per_epoch * rollout.samples_per_prompt
+        self.mine = share(self.samples, accelerator)
+        self.done: list[Rollout] = []
+
+    def __call__(self, epoch: int, progress: Callable[[str, int, int], None], check_stop: Callable) -> Rollout:
+        """The epoch's rollout: images of this process's share, all else of all processes."""
+        rollout = self.config.rollout
+        chosen = epoch_prompts(len(self.prompts), rollout.prompts_per_epoch, epoch, self.config.seed)
+        prompt = torch.tensor(chosen).repeat_interleave(rollout.samples_per_prompt)
+        self.model.transformer.eval()
+        with failing_together(self.accelerator), ExitStack() as weights:
+            if self.config.objective.sampled_by_old:
+                weights.enter_context(self.policy.old())
+            if rollout.merge_lora:
+                weights.enter_context(self.policy.merged())
+            self._sample_mine(epoch, prompt[self.mine], progress, check_stop)
+        mine, self.done = Rollout.cat(self.done), []
+        scores = {name: self._gather(values) for name, values in mine.scores.items()}
+        return replace(
+            mine,
+            prompt=prompt,
+            clean=self._gather(mine.clean),
+            rewards=self.scorer.total(scores),
+            scores=scores,
+            path=self._gather(mine.path),
+            velocity=self._gather(mine.velocity),
+        )
+
+    def _sample_mine(self, epoch: int, prompt: Tensor, progress: Callable, check_stop: Callable) -> None:
+        rollout, numbers = self.config.rollout, range(self.samples)[self.mine]
+        for start in range(sum(len(part.prompt) for part in self.done), len(prompt), rollout.batch_size):
+            if self.accelerator.num_processes == 1:
+                check_stop()
+            rows = slice(start, start + rollout.batch_size)
+            seeds = [seed_for(self.config.seed, "rollout", epoch, number) for number in numbers[rows]]
+            latents = self._latents(prompt[rows], seeds)
+            images = self.model.decode(latents["clean"], rollout.decode_batch_size)
+            prompts = [self.prompts[index] for index in prompt[rows].tolist()]
+            scores = self.scorer(images, prompts)
+            total = self.scorer.total(scores)
+            self.done.append(
+                Rollout(prompt[rows], rewards=total, images=quantise(images).cpu(), scores=scores, **latents)
+            )
+            progress("sampling", start + len(prompts), len(prompt))
+
+    def _latents(self, prompt: Tensor, seeds: list[int]) -> dict[str, Any]:
+        """One batch: `clean`, and where the objective needs them `path` and `velocity`."""
+        rollout, level = self.config.rollout, self.config.objective.noise_level
+        if level:
+            path, velocity = sample_path(
+                self.model, self.condition, prompt, seeds, self.sigmas, self.shape, level, self.policy.velocity
+            )
+            return {"clean": path[:, -1], "path": path, "velocity": velocity}
+        clean = sample(
+            self.model,
+            self.condition,
+            prompt,
+            seeds,
+            self.sigmas,
+            self.shape,
+            solver=rollout.solver,
+            guidance_scale=rollout.guidance_scale,
+            negative=self.negative,
+            batch_size=rollout.batch_size,
+            velocity=self.policy.velocity,
+        )
+        return {"clean": clean}
+
+    def _gather(self, values: Tensor | None) -> Tensor | None:
+        return None if values is None else gather_rows(values, self.samples, self.accelerator)
