@@ -54,13 +54,12 @@ def _policy(script: str) -> str:
 
 def _lead(sources: list[Source]) -> dict[str, Any]:
     """What the top of the page says was measured."""
-    first = sources[0]
-    prompts = max((len(source.samples["prompts"]) for source in sources if source.samples), default=None)
+    sets = [source.samples for source in sources if source.samples]
+    sizes = dict.fromkeys(f"{len(one['prompts'])} prompts × {one['images_per_prompt']} images" for one in sets)
     return {
         "title": " and ".join(s.name for s in sources) if len(sources) < 3 else f"{len(sources)} runs",
         "models": ", ".join(dict.fromkeys(str(source.summary["model"]) for source in sources)),
-        "prompts": prompts,
-        "images": first.samples["images_per_prompt"] if first.samples else None,
+        "sizes": " and ".join(sizes),
         "trained": any(source.trained for source in sources),
     }
 
