@@ -187,7 +187,7 @@ def epoch(made: Setup, clock: Clock, repeats: int) -> dict[str, Any]:
             (trainer.collector, "_sample_mine", "sampling"),
             (trainer, "_draw", "noise"),
             (trainer, "_freeze", "reference pass"),
-            (trainer, "_batch", "batches"),
+            (trainer, "_update_pass", "training"),
             (trainer, "_step", "optimiser"),
             (trainer.model, "velocity", "transformer, {}"),
             (torch.Tensor, "backward", "backward"),
