@@ -29,7 +29,9 @@ def test_every_file_is_a_reward(name):
     fields = dataclasses.fields(cls)
     assert fields[0].name == "name" and fields[0].default == name
     assert all(field.default is not dataclasses.MISSING for field in fields)
-    assert callable(cls.load) and callable(cls.describe) and cls.__doc__ and not cls.__doc__.startswith(cls.__name__ + "(")
+    assert (
+        callable(cls.load) and callable(cls.describe) and cls.__doc__ and not cls.__doc__.startswith(cls.__name__ + "(")
+    )
 
 
 def test_jpeg_is_minus_the_file_in_kilobytes_or_the_distance_to_a_size():
