@@ -92,6 +92,7 @@ class Run:
         except BaseException:
             if self.accelerator.num_processes == 1 or self.trainer.rollout is None:  # where all are at the same place
                 self._save()  # a reward that fails costs nothing that was done before it
+                self._say(f"saved; go on with --resume_from_checkpoint {self.folder}")
             raise
         self.accelerator.end_training()
         return self._finish(before)

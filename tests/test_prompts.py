@@ -85,7 +85,11 @@ GOOD = {
         [Prompt("a photo of two lighthouses", "counting", None, RECORD)],
     ),
     "HPDv2, benchmark": ("p.json", '["a cat", "a [dog], \\"x\\""]', [Prompt("a cat"), Prompt('a [dog], "x"')]),
-    "HPDv2, training": ("p.json", '[{"prompt": "a cat", "image_path": ["1.jpg"]}]', [Prompt("a cat")]),
+    "HPDv2, training": (
+        "p.json",
+        '[{"prompt": "a cat", "image_path": ["1.jpg"]}]',
+        [Prompt("a cat", metadata={"prompt": "a cat", "image_path": ["1.jpg"]})],
+    ),
 }
 
 
