@@ -66,10 +66,16 @@ def detached(**metrics: Tensor) -> dict[str, Tensor]:
     return {name: value.detach() for name, value in metrics.items()}
 
 
-def check_rollout(config: Any) -> None:
-    """UserError where the rollout's options cannot serve the objective."""
+def check_rollout(config: Any, processes: int = 1) -> None:
+    """UserError where the rollout's options cannot serve the objective on so many processes."""
     objective, rollout = config.objective, config.rollout
-    if objective.units_per_group(rollout.samples_per_prompt) < 1:
+    units = rollout.prompts_per_epoch * objective.units_per_group(rollout.samples_per_prompt)
+    if 0 < units < processes:
+        raise UserError(
+            f"objective {objective.name} trains on {units} samples per epoch, which are not enough for {processes} "
+            "processes: raise rollout.prompts_per_epoch or rollout.samples_per_prompt"
+        )
+    if units < 1:
         raise UserError(
             f"objective {objective.name} compares samples of a prompt: rollout.samples_per_prompt is "
             f"{rollout.samples_per_prompt}, it must be at least 2"

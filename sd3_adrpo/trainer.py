@@ -14,7 +14,6 @@ from .advantages import Advantages
 from .collect import Collector
 from .config import Config
 from .draws import Draws, fresh_noise, path_steps
-from .errors import UserError
 from .models.sd3 import SD3
 from .objective import check_rollout
 from .parallel import any_process, share
@@ -51,12 +50,7 @@ class Trainer:
         self.prompts, self.condition, self.objective = prompts, condition, config.objective
         self.collector = Collector(config, accelerator, model, policy, scorer, prompts, condition, negative)
         self.shape, self.samples, self.mine = (getattr(self.collector, name) for name in ("shape", "samples", "mine"))
-        if self.samples < accelerator.num_processes:
-            raise UserError(
-                f"{self.samples} images per epoch are not enough for {accelerator.num_processes} processes: "
-                "raise rollout.prompts_per_epoch or rollout.samples_per_prompt"
-            )
-        check_rollout(config)
+        check_rollout(config, accelerator.num_processes)
         train = config.train
         self.advantages = Advantages(self.objective.advantage, condition.pooled)
         self.optimizer = torch.optim.AdamW(
