@@ -110,7 +110,20 @@ def _layers(argv: list[str]) -> list[tuple[str, Layer]]:
     if not set(files) & set(presets()):
         models = [layer["model"] for _, layer in layers if "model" in layer] + _given(argv, "model")
         layers.insert(0, _read(preset_for(str(models[-1] if models else Config.model))))
-    return layers
+    return _tuned(layers, argv)
+
+
+def _tuned(layers: list[tuple[str, Layer]], argv: list[str]) -> list[tuple[str, Layer]]:
+    """What a file says under `objectives: NAME:` follows it as a layer of its own, if that objective is chosen."""
+    names = [layer["objective.name"] for _, layer in layers if "objective.name" in layer]
+    name = (_given(argv, "objective.name") or names or [Config().objective.name])[-1]
+    result = []
+    for where, layer in layers:
+        tuned = {key: layer.pop(key) or {} for key in list(layer) if key.startswith("objectives.")}
+        result.append((where, layer))
+        if own := tuned.get(f"objectives.{name}"):
+            result.append((f"{where}, objectives.{name}", {"objective.name": name, **own}))
+    return result
 
 
 def _read(file: str) -> tuple[str, Layer]:

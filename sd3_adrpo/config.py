@@ -108,3 +108,7 @@ class Config:
     checkpointing_epochs: int = 10  # a checkpoint every so many epochs; the last two stay
     validation_epochs: int = 10  # a grid of fixed prompts and noise every so many epochs
     evaluation_epochs: int = 0  # the whole test set is measured every so many epochs too; 0: before and after only
+    # reward up and the first watched reward, or else the built-in world's accuracy, down: say so, stop, or stop and go
+    # back to the best LoRA; looks at every evaluation, so give evaluation_epochs too
+    alarm: Literal["off", "warn", "stop", "restore"] = "off"
+    alarm_stderrs: float = 3.0  # standard errors by which the held-out signal must have fallen

@@ -18,30 +18,27 @@ from diffusers.utils import logging as diffusers_logging
 from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
-from . import cli, figures
+from . import cli, figures, result
+from .alarm import Alarm
 from .canary import check_learning
 from .checkpoint import find_checkpoint, load_checkpoint, prune, save_checkpoint
 from .compiling import compile_blocks
 from .config import Config, EvalConfig
 from .errors import UserError
-from .evaluation import Evaluation, Measurement, compare, encode_prompts, load_embedder, measure
-from .export import model_card, save_lora, verify_lora
-from .metrics import clip_diversity, mean_and_stderr
+from .evaluation import Measurement, encode_prompts, load_embedder, measure
 from .models.sd3 import SD3
 from .plan import Plan
 from .policy import Policy
-from .provenance import versions
-from .samples import save_samples
 from .scoring import Scoring
 from .text_cache import default_folder
 from .trainer import Interrupted, Trainer
+from .watching import sampled_accuracy, sampled_diversity
 
 logging.getLogger("diffusers.loaders.lora_base").setLevel(logging.ERROR)  # a LoRA has no text encoder part: no news
 diffusers_logging.disable_progress_bar()
 transformers_logging.disable_progress_bar()
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 GRID_PROMPTS, GRID_IMAGES = 6, 4
-CURVE_IMAGES = 256
 
 
 class Run:
@@ -57,6 +54,7 @@ class Run:
         self.main = self.accelerator.is_main_process
         self.folder = self._make_folder()
         self.accelerator.project_configuration.logging_dir = str(self.folder)
+        self.alarm, self.hacked = Alarm(self.folder / "best.pt", config.alarm_stderrs), False
         torch.manual_seed(config.seed)  # the LoRA's initial weights; everything else is seeded by name
 
     def _make_folder(self) -> Path:
@@ -83,7 +81,7 @@ class Run:
         self._start_trackers()
         self.trainer.stop_on_signals()
         try:
-            while self.trainer.epoch < self.config.epochs:
+            while self.trainer.epoch < self.config.epochs and not self.hacked:
                 self._epoch()
         except Interrupted:
             self._save()
@@ -179,7 +177,10 @@ class Run:
                 bar.update(done - bar.n)
 
             metrics, updates = self.trainer.run_epoch(progress)
-            metrics |= self._accuracy() | self._diversity() | {"seconds": time.monotonic() - started}
+            images, texts = self.trainer.last_images
+            metrics |= sampled_accuracy(images, texts, self.accelerator)
+            metrics |= sampled_diversity(images, texts, self.embedder or self.scorer.embedder)
+            metrics["seconds"] = time.monotonic() - started
             metrics["images_per_second"] = self.trainer.samples / metrics["seconds"]
             metrics |= {name: updates[-1][name] for name in ("w2", "velocity_norm_ratio") if name in updates[-1]}
             shown = {k: f"{metrics[k]:.3f}" for k in self._shown(metrics)}
@@ -194,38 +195,35 @@ class Run:
             self._save()
 
     def _evaluate(self) -> None:
-        summary = self._measure(self.policy, f"after epoch {self.trainer.epoch}").summary()
+        measured = self._measure(self.policy, f"after epoch {self.trainer.epoch}")
         if self.main:
             with open(self.folder / "metrics.jsonl", "a") as file:
-                file.write(json.dumps({"kind": "evaluation", "epoch": self.trainer.epoch, **summary}) + "\n")
+                row = {"kind": "evaluation", "epoch": self.trainer.epoch, **measured.summary()}
+                file.write(json.dumps(row) + "\n")
+        self.hacked = self._hacked(measured)
+
+    def _hacked(self, measured: Measurement) -> bool:
+        """Whether the alarm rings and training is to end; with `restore` the best LoRA is back then."""
+        if self.config.alarm == "off" or self.hacked:
+            return False
+        lora = {name: value.clone() for name, value in self.policy.state_dict().items()}
+        message = self.alarm(self.trainer.epoch, measured, lora)
+        if message is None:
+            return False
+        self._say(f"ALARM: {message}")
+        if self.main:
+            with open(self.folder / "metrics.jsonl", "a") as file:
+                file.write(json.dumps({"kind": "alarm", "epoch": self.trainer.epoch, "message": message}) + "\n")
+        if self.config.alarm == "restore":
+            self.policy.load_state_dict(self.alarm.best["lora"])
+            self._say(f"the LoRA of epoch {self.alarm.best['epoch']} is restored")
+        return self.config.alarm != "warn"
 
     def _shown(self, metrics: dict[str, float]) -> list[str]:
         """What the bar shows: every score where there are several."""
         scores = list(self.scorer.scorers) if len(self.scorer.scorers) > 1 else []
         names = ["reward", *scores, "accuracy", "w2", "images_per_second"]
         return [name for name in names if name in metrics]
-
-    def _accuracy(self) -> dict[str, float]:
-        """Of the epoch's own samples, where the prompts are of the built-in world."""
-        from .shapes.verifier import verify  # late: other models do not need the built-in world
-
-        images, texts = self.trainer.last_images
-        if images is None or images.shape[-1] != 64:
-            return {}
-        answers = [answer for answer in verify(images.float() / 255, texts) if answer is not None]
-        counts = torch.tensor([sum(answers), len(answers)], dtype=torch.float32, device=self.accelerator.device)
-        right, number = self.accelerator.reduce(counts, "sum").tolist()
-        return {"accuracy": right / number} if number else {}
-
-    def _diversity(self) -> dict[str, float]:
-        """Of the epoch's first images, where something embeds them: cheap, and enough for a curve."""
-        embedder, (images, texts) = self.embedder or self.scorer.embedder, self.trainer.last_images
-        if embedder is None:
-            return {}
-        texts = texts[:CURVE_IMAGES]
-        index = torch.tensor([texts.index(text) for text in texts])
-        value = mean_and_stderr(clip_diversity(embedder.embed_images(images[: len(texts)]), index))["mean"]
-        return {} if value is None else {"clip_diversity": value}
 
     def _log(self, epoch: int, metrics: dict[str, float], updates: list[dict[str, float]]) -> None:
         if not self.main:
@@ -274,70 +272,15 @@ class Run:
 
     def _finish(self, before: Measurement) -> dict[str, Any]:
         after = self._measure(self.policy, "after", before)
-        summary = {
-            "objective": self.config.objective.name,
-            "seed": self.config.seed,
-            "epochs": self.config.epochs,
-            "images": self.config.epochs * self.trainer.samples,
-            "seconds": round(time.monotonic() - self.started, 1),
-            "model": self.config.model,
-            "reward": f"{self.scorer.unit}, {self.scorer.encoder}",
-            "test_prompts": self.plan.description["test"],
-            "versions": versions(),
-            **compare(before, after),
-            **self.scorer.compared(before.scores, after.scores, before.prompt),
-        }
-        if not self.main:
-            return summary
-        result = self.folder / "summary.json"
-        result.write_text(json.dumps(summary, indent=2) + "\n")  # first: nothing below may cost the measurement
-        lora = save_lora(self.model.transformer, self.folder / "lora")
-        difference = verify_lora(self.folder / "lora", self.model, self.policy.velocity)
-        summary["lora_difference"] = difference
-        result.write_text(json.dumps(summary, indent=2) + "\n")
-        evaluation = Evaluation(before, after)
-        save_samples(evaluation, self.folder)
-        picture = evaluation.save_picture(self.folder)
-        figures.curves(self.folder / "metrics.jsonl", self.folder / "curves.png")
-        card = model_card(
-            summary,
-            base_model=self.config.model,
-            reward=summary["reward"],
-            prompts=str(self.plan.description["train"]),
-            sampling=self._sampling(),
-            t5=self.model.has_t5,
-        )
-        (self.folder / "lora" / "README.md").write_text(card)
-        self._report(summary, lora, difference, picture)
+        if self._hacked(after) and self.config.alarm == "restore":
+            after = self._measure(self.policy, "after restoring", before)
+        summary = result.summarise(self, before, after)
+        if self.main:
+            result.write(self, before, after, summary)
         return summary
 
-    def _sampling(self) -> dict[str, Any]:
-        rollout, evaluation = self.config.rollout, self.config.eval
-        return {
-            "height": rollout.height,
-            "width": rollout.width,
-            "num_inference_steps": evaluation.num_inference_steps,
-            "guidance_scale": evaluation.guidance_scale,
-            "max_sequence_length": rollout.max_sequence_length,
-        }
-
-    def _report(self, summary: dict[str, Any], lora: Path, difference: float, picture: Path) -> None:
-        print(f"\n{'':16}{'before':>10}{'after':>10}{'difference':>14}")
-        for name, before in summary["before"].items():
-            if before is not None and summary["after"][name] is not None:
-                paired = summary["difference"][name]
-                error = f" ± {paired['stderr']:.4f}" if paired["stderr"] is not None else ""
-                print(f"{name:16}{before:10.4f}{summary['after'][name]:10.4f}{paired['mean']:+14.4f}{error}")
-        for kind in ("rewards", "watch"):
-            for name, row in summary[kind].items() if len(self.scorer.scorers) > 1 else ():
-                label, paired = f"{kind.removesuffix('s')} {name}", row["difference"]
-                error = f" ± {paired['stderr']:.4f}" if paired["stderr"] is not None else ""
-                means = f"{row['before']['mean']:10.4f}{row['after']['mean']:10.4f}{paired['mean']:+14.4f}{error}"
-                print(f"{label:16}{means}  {row['unit']}")
-        print(f"\nreward is {summary['reward']}; clip_diversity also falls when wrong images vanish")
-        print(f"LoRA: {lora}, reloaded into a stock pipeline: velocities equal to {difference:.1e}")
-        print(f"look at {picture}")
-        print(f"next: python eval/evaluate.py --model {self.config.model} --lora {lora.parent}")
+    def seconds(self) -> float:
+        return round(time.monotonic() - self.started, 1)
 
     def _say(self, text: str) -> None:
         if self.main:

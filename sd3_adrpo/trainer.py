@@ -61,7 +61,9 @@ class Trainer:
             eps=train.adam_epsilon,
         )
         total = config.epochs * train.inner_epochs * self.updates_per_pass
-        self.scheduler = get_scheduler(train.lr_scheduler, self.optimizer, train.lr_warmup_steps, total)
+        self.scheduler = get_scheduler(
+            train.lr_scheduler, self.optimizer, num_warmup_steps=train.lr_warmup_steps, num_training_steps=total
+        )
         self.scaler = torch.amp.GradScaler(enabled=train.mixed_precision == "fp16" and model.device.type == "cuda")
         self.epoch = self.inner = self.update = 0
         self.rollout: Rollout | None = None

@@ -248,3 +248,21 @@ def test_main_returns_codes(builtin: Path, tmp_path: Path, capsys: pytest.Captur
     write(tmp_path / "empty.csv", "")
     assert train_sd3.main(["--dry_run", "--prompts", str(tmp_path / "empty.csv")]) == 1
     assert "it is empty" in capsys.readouterr().err
+
+
+def test_a_file_may_tune_each_objective(tmp_path):
+    """Under `objectives` a file gives options that count for one objective only; the command line still wins."""
+    path = tmp_path / "tuned.yaml"
+    path.write_text(
+        "model: shapes\nepochs: 7\nobjectives:\n  raft: {train.learning_rate: 5.0e-4, objective.keep: 3}\n"
+        "  dpo: {objective.beta: 10}\n"
+    )
+    raft = cli.parse(["--config", str(path), "--objective", "raft"])
+    assert (raft.train.learning_rate, raft.objective.keep, raft.epochs) == (5e-4, 3, 7)
+    assert cli.parse(["--config", str(path), "--objective", "dpo"]).objective.beta == 10
+    default = cli.parse(["--config", str(path)])
+    assert default.train.learning_rate != 5e-4 and default.objective.name == "adrpo"
+    assert cli.parse(["--config", str(path), "--objective", "raft", "--objective.keep", "2"]).objective.keep == 2
+    path.write_text("objectives:\n  raft: {objective.kep: 3}\n")
+    with pytest.raises(SystemExit):
+        cli.parse(["--config", str(path), "--objective", "raft"])
