@@ -147,7 +147,7 @@ def run(args: argparse.Namespace, config: Config) -> Path:
         **measured.summary(),
         **scorer.compared(measured.before.scores, getattr(measured.after, "scores", None), measured.before.prompt),
     }
-    if distances := compare_sets(names, measured, files, embedder or scorer):
+    if distances := compare_sets(names, measured, files, embedder or scorer.embedder):
         summary["distances"] = distances
     folder.mkdir(parents=True, exist_ok=True)
     picture = measured.save_picture(folder)
