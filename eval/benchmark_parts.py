@@ -16,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from sd3_adrpo.config import Config
 from sd3_adrpo.flow import add_noise, velocity_target
+from sd3_adrpo.prompts import Prompt
 from sd3_adrpo.rollout import sample
 from sd3_adrpo.trainer import Trainer
 from sd3_adrpo.types import Batch, Condition
@@ -192,7 +193,7 @@ def epoch(made: Setup, clock: Clock, repeats: int) -> dict[str, Any]:
             (trainer.model, "velocity", "transformer, {}"),
             (torch.Tensor, "backward", "backward"),
             (trainer.model, "decode", "decoder"),
-            (trainer.collector, "scorer", "reward"),
+            (trainer.scorer, "_score", "reward"),
         ):
             run()
 
@@ -239,7 +240,7 @@ def phases(made: Setup, rollouts: Rollouts, clock: Clock, repeats: int) -> dict[
     actions = {
         "decoder": lambda: made.model.decode(latents, chunk),
         "decoder_stock": stock_decode,
-        "reward": lambda: made.scorer(images, rollouts.texts),
+        "reward": lambda: made.scorer(images, [Prompt(text) for text in rollouts.texts]),
     }
     if made.encodes:
         actions["text_encoding"] = lambda: made.model.encode(PROMPTS)

@@ -15,7 +15,9 @@ from sd3_adrpo.config import Config
 from sd3_adrpo.errors import UserError
 from sd3_adrpo.models.sd3 import SD3
 from sd3_adrpo.policy import Policy
+from sd3_adrpo.prompts import Prompt
 from sd3_adrpo.rewards.clip import ClipScorer
+from sd3_adrpo.scoring import Scoring
 from sd3_adrpo.trainer import Trainer
 from sd3_adrpo.types import Condition, Rollout
 
@@ -62,14 +64,13 @@ class Setup:
 
     def trainer(self) -> Trainer:
         """A trainer with samples of noise to train on; its learning rate is 0, so every repeat starts the same."""
-        arguments = (self.config, Accelerator(), self.model, self.policy, self.scorer)
-        made = Trainer(*arguments, PROMPTS, self.condition)
+        arguments = (self.config, Accelerator(), self.model, self.policy, Scoring({"clip": self.scorer}))
+        made = Trainer(*arguments, [Prompt(text) for text in PROMPTS], self.condition)
         generator = torch.Generator().manual_seed(0)
         prompt = torch.arange(made.samples) % len(PROMPTS)
         clean = torch.randn(made.samples, *made.shape, generator=generator)
         made.rollout = Rollout(prompt, clean, torch.zeros(made.samples))
         made.advantage = torch.randn(made.samples, generator=generator).clamp(-1, 1)
-        made.spread = made.clip_rate = 0.0
         return made
 
 
