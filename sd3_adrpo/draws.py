@@ -58,13 +58,21 @@ class Draws:
         )
 
 
-def fresh_noise(units: Tensor, samples: int, draws: int, shift: float, shape: tuple[int, ...], names: tuple) -> Draws:
+def fresh_noise(
+    units: Tensor,
+    samples: int,
+    draws: int,
+    shift: float,
+    shape: tuple[int, ...],
+    names: tuple,
+    highest: float = 1.0,
+) -> Draws:
     """Sigmas and noise by the number of a unit's first sample among all `samples`, whatever batch or process it is in.
 
     `names` name the draw (seeds.py).
     """
     first = units[:, 0]
-    sigma = stratified_sigmas(samples, draws, shift, generator_for(*_named("sigma", names)))[first]
+    sigma = stratified_sigmas(samples, draws, shift, generator_for(*_named("sigma", names)), highest)[first]
     seeds = [seed_for(*_named("noise", names), number) for number in first.tolist()]
     return Draws(units, sigma, seeded_noise(seeds, (draws, *shape)))
 

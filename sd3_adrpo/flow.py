@@ -59,14 +59,17 @@ def dynamic_shift(image_tokens: int, scheduler_config: Mapping[str, Any]) -> flo
     return math.exp(low + (high - low) * (image_tokens - tokens_low) / (tokens_high - tokens_low))
 
 
-def stratified_sigmas(samples: int, draws: int, shift: float, generator: torch.Generator) -> Tensor:
-    """Training sigmas (samples, draws) in (0, 1): for each sample one from each of `draws` equal strata, then shifted.
+def stratified_sigmas(
+    samples: int, draws: int, shift: float, generator: torch.Generator, highest: float = 1.0
+) -> Tensor:
+    """Training sigmas (samples, draws) in (0, highest): for each sample one from each of `draws` equal strata.
 
-    Stratification leaves the mean of any function of sigma as it is and lowers its variance.
+    They are uniform before the shift, up to where the shift leads to `highest`. Stratification leaves the mean of any
+    function of sigma as it is and lowers its variance.
     """
     uniform = torch.rand(samples, draws, generator=generator)
+    strata = (torch.arange(draws) + uniform) / draws * shift_sigma(torch.tensor(highest), 1 / shift)
     # the clamp keeps sigma off its ends, where the target is pure noise or the velocity carries nothing
-    strata = (torch.arange(draws) + uniform) / draws
     return shift_sigma(strata, shift).clamp(1e-3, 1 - 1e-3)
 
 

@@ -169,7 +169,8 @@ class Trainer:
         train, names = self.config.train, (self.config.seed, self.epoch, self.inner)
         if self.objective.noise_level:
             return path_steps(units, self.collector.sigmas, train.sigmas_per_sample, names)
-        return fresh_noise(units, self.samples, train.sigmas_per_sample, train.sigma_shift, self.shape, names)
+        count, shift = train.sigmas_per_sample, train.sigma_shift
+        return fresh_noise(units, self.samples, count, shift, self.shape, names, train.sigma_max)
 
     @torch.no_grad()
     def _freeze(self, draws: Draws) -> None:

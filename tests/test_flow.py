@@ -73,3 +73,14 @@ def test_stratified_sigmas_fill_every_stratum():
     assert sigma.shape == (1000, 4)
     assert ((sigma * 4).floor() == torch.arange(4)).float().mean() > 0.99  # the clamp at the ends moves a few
     assert sigma.mean().item() == pytest.approx(0.5, abs=0.01)
+
+
+def test_highest_training_sigma():
+    """Uniform before the shift, up to the uniform value that the shift takes to the highest sigma."""
+    generator = torch.Generator().manual_seed(0)
+    sigma = flow.stratified_sigmas(4000, 4, 3.0, generator, highest=0.9)
+    assert 0.89 < sigma.max().item() <= 0.9 + 1e-6
+    uniform = sigma / (3 - 2 * sigma)  # 3 u / (1 + 2 u) undone
+    assert uniform.mean().item() == pytest.approx(0.75 / 2, abs=0.005)  # 0.9 / (3 - 1.8) = 0.75
+    again = flow.stratified_sigmas(4000, 4, 3.0, torch.Generator().manual_seed(0))
+    torch.testing.assert_close(flow.shift_sigma(0.75 * again / (3 - 2 * again), 3.0).clamp(1e-3), sigma)
