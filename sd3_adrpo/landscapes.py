@@ -136,9 +136,8 @@ class Run:
             clean = path[:, -1]
         else:
             clean = solve(field, seeded_noise(seeds, SHAPE), self.sigmas)
-        return Rollout(
-            torch.zeros(samples, dtype=torch.long), clean, self.reward(clean.flatten(1)), None, path, velocity
-        )
+        prompt, rewards = torch.zeros(samples, dtype=torch.long), self.reward(clean.flatten(1))
+        return Rollout(prompt, clean, rewards, path=path, velocity=velocity)
 
     def _path(self, field: Field, seeds: list[int]) -> tuple[Tensor, Tensor]:
         noise = seeded_noise(seeds, (STEPS, *SHAPE))
