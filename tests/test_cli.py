@@ -76,7 +76,7 @@ def test_preset_follows_the_model(tmp_path: Path) -> None:
 def test_objective_by_name(tmp_path: Path) -> None:
     short = cli.parse(["--config", write(tmp_path / "a.yaml", "objective: adrpo\n")])
     long = cli.parse(["--config", write(tmp_path / "b.yaml", "objective: {name: adrpo, beta0: 2}\n")])
-    assert (short.objective.beta0, long.objective.beta0) == (0.3, 2.0)  # the preset's, the file's
+    assert (short.objective.beta0, long.objective.beta0) == (0.5, 2.0)  # the preset's, the file's
     assert cli.parse(["--objective", "adrpo", "--objective.beta0", "0.5"]).objective.beta0 == 0.5
 
 

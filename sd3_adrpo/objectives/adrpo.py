@@ -49,7 +49,9 @@ class Adrpo(Objective):
 
     @property
     def needs(self) -> tuple[str, ...]:
-        return ("reference", "old") if self.refresh_epochs else ("reference",)
+        if not self.refresh_epochs:
+            return ("reference",)
+        return ("reference", "old") if self.norm_guard else ("old",)
 
     def weigh(self, advantage: Tensor) -> tuple[Tensor, dict[str, float]]:
         weight, metrics = clipped(advantage, self.clip_range * self.beta0)
@@ -78,5 +80,6 @@ class Adrpo(Objective):
             w2_term=(penalty * w2).mean(),
             effective_beta=penalty.mean(),
             negative_beta_rate=(penalty < 0).float().mean(),
+            **({"w2_old": w2.mean()} if self.refresh_epochs else {}),
             **common_metrics(velocity, batch),
         )
