@@ -182,7 +182,7 @@ class Run:
             metrics |= sampled_diversity(images, texts, self.embedder or self.scorer.embedder)
             metrics["seconds"] = time.monotonic() - started
             metrics["images_per_second"] = self.trainer.samples / metrics["seconds"]
-            metrics |= {name: updates[-1][name] for name in ("w2", "velocity_norm_ratio") if name in updates[-1]}
+            metrics |= {name: updates[-1][name] for name in ("w2", "w2_old", "velocity_norm_ratio") if name in updates[-1]}
             shown = {k: f"{metrics[k]:.3f}" for k in self._shown(metrics)}
             bar.set_postfix(shown)
         self._log(epoch, metrics, updates)
@@ -222,7 +222,7 @@ class Run:
     def _shown(self, metrics: dict[str, float]) -> list[str]:
         """What the bar shows: every score where there are several."""
         scores = list(self.scorer.scorers) if len(self.scorer.scorers) > 1 else []
-        names = ["reward", *scores, "accuracy", "w2", "images_per_second"]
+        names = ["reward", *scores, "accuracy", "clip_diversity", "w2", "w2_old", "images_per_second"]
         return [name for name in names if name in metrics]
 
     def _log(self, epoch: int, metrics: dict[str, float], updates: list[dict[str, float]]) -> None:
