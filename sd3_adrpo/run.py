@@ -39,6 +39,7 @@ diffusers_logging.disable_progress_bar()
 transformers_logging.disable_progress_bar()
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 GRID_PROMPTS, GRID_IMAGES = 6, 4
+DRIFTS = ("w2", "w2_old", "velocity_norm_ratio")  # of an epoch's last update, beside its rollout's metrics
 
 
 class Run:
@@ -182,7 +183,9 @@ class Run:
             metrics |= sampled_diversity(images, texts, self.embedder or self.scorer.embedder)
             metrics["seconds"] = time.monotonic() - started
             metrics["images_per_second"] = self.trainer.samples / metrics["seconds"]
-            metrics |= {name: updates[-1][name] for name in ("w2", "w2_old", "velocity_norm_ratio") if name in updates[-1]}
+            metrics |= {
+                name: updates[-1][name] for name in ("w2", "w2_old", "velocity_norm_ratio") if name in updates[-1]
+            }
             shown = {k: f"{metrics[k]:.3f}" for k in self._shown(metrics)}
             bar.set_postfix(shown)
         self._log(epoch, metrics, updates)
