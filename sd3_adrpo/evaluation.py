@@ -1,7 +1,7 @@
 """Base and LoRA on the same prompts and the same noise: what each draws, how good and how varied it is.
 
-`measure` (measuring.py) looks at one set of weights, `compare` sets two measurements against each other, pair by pair; a
-training run measures before its first update and after its last, `evaluate` does both.
+`measure` (measuring.py) looks at one set of weights, `compare` sets two measurements against each other, pair by pair;
+a training run measures before its first update and after its last, `evaluate` does both.
 """
 
 from __future__ import annotations
