@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .config import LoraConfig
 from .errors import UserError
+from .lora_forward import speed_up
 from .merging import merged
 from .models.sd3 import SD3
 from .types import Condition
@@ -40,6 +41,8 @@ class Policy:
             transformer.enable_gradient_checkpointing()
         self._old: list[Tensor] | None = None
         self._layers = [module for module in transformer.modules() if isinstance(module, BaseTunerLayer)]
+        for layer in self._layers:
+            speed_up(layer, ADAPTER)
 
     def parameters(self) -> list[torch.nn.Parameter]:
         return [parameter for _, parameter in self.named_parameters()]
