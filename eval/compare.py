@@ -29,8 +29,7 @@ from sd3_adrpo import cli, comparison
 from sd3_adrpo.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
-QUICK = """--rollout.prompts_per_epoch 32 --rollout.samples_per_prompt 8 --epochs 2 --train.inner_epochs 1
-    --eval.samples_per_prompt 2 --report_to none""".split()
+QUICK = "--config study --epochs 2 --rollout.prompts_per_epoch 64".split()
 
 
 @dataclass(frozen=True)
@@ -55,11 +54,15 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--seeds", default="0,1,2", help="numbers with commas")
     parser.add_argument("--sweep", action="append", default=[], metavar="KEY=V1,V2", help="values of any option")
     parser.add_argument("--output_dir", type=Path, default=Path("runs/compare"), help="goes on where it stopped")
-    parser.add_argument("--jobs", type=int, default=1, help="members at a time; they share the cores")
+    parser.add_argument(
+        "--jobs", type=int, help="members at a time, which share the cores; default: 1, or 2 without GPU"
+    )
     parser.add_argument("--quick", action="store_true", help="one seed of small runs, minutes in all")
     args, options = parser.parse_known_args(argv)
     if args.quick:
         args.seeds, options = "0", [*QUICK, *options]
+    if args.jobs is None:
+        args.jobs = 1 if gpus() else min(2, os.cpu_count() or 1)  # two threads share a small model badly
     return args, options
 
 
@@ -105,11 +108,17 @@ def run(member: Member, folder: Path, threads: int) -> str | None:
     return None if status == 0 else f"exit {status}: " + " ".join(log.read_text()[-300:].split())
 
 
+def gpus() -> int:
+    import torch
+
+    return torch.cuda.device_count()
+
+
 def machine() -> str:
     import torch
 
-    if torch.cuda.is_available():
-        return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
+    if gpus():
+        return f"{gpus()} x {torch.cuda.get_device_name()}"
     return f"{os.cpu_count()} CPU cores, {platform.machine()}"
 
 

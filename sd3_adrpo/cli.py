@@ -107,7 +107,7 @@ def _layers(argv: list[str]) -> list[tuple[str, Layer]]:
     """(where it is from, options) of the preset and of each --config, the weakest first."""
     files = _given(argv, "config")
     layers = [_read(file) for file in files]
-    if not set(files) & set(presets()):
+    if not any(file in presets() and "model" in layer for file, (_, layer) in zip(files, layers, strict=True)):
         models = [layer["model"] for _, layer in layers if "model" in layer] + _given(argv, "model")
         layers.insert(0, _read(preset_for(str(models[-1] if models else Config.model))))
     return _tuned(layers, argv)

@@ -28,7 +28,9 @@ def record(folder: Path, label: str) -> Record:
             points.append({"images": int(row["epoch"] * per_epoch), "seconds": spent, **values})
     points.append({"images": summary["images"], "seconds": spent, **summary["after"]})
     kept = ("objective", "seed", "epochs", "images", "before", "after", "difference")
-    return {"label": label, **{name: summary[name] for name in kept}, "seconds": spent, "history": points}
+    early = summary["ended_early"]
+    times = {"seconds": spent, "ended_early": early}
+    return {"label": label, **{name: summary[name] for name in kept}, **times, "history": points}
 
 
 def mean_and_interval(values: Sequence[float | None]) -> tuple[float | None, float | None]:
@@ -87,7 +89,9 @@ def _table(runs: Sequence[Record], title: str, values: Any) -> str:
     for label, group in by_label(runs).items():
         cells = [_number(*mean_and_interval([values(run)[name] for run in group])) for name in METRICS]
         took = _number(*mean_and_interval([run["seconds"] for run in group]), digits=0)
-        lines.append(f"| {label} | {len(group)} | {' | '.join(cells)} | {took} |")
+        ended = sum(bool(run["ended_early"]) for run in group)
+        note = f" ({ended} ended early)" if ended else ""
+        lines.append(f"| {label}{note} | {len(group)} | {' | '.join(cells)} | {took} |")
     return "\n".join(lines) + "\n"
 
 

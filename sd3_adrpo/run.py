@@ -56,6 +56,7 @@ class Run:
         self.folder = self._make_folder()
         self.accelerator.project_configuration.logging_dir = str(self.folder)
         self.alarm, self.hacked = Alarm(self.folder / "best.pt", config.alarm_stderrs), False
+        self.ended: str | None = None  # why before its last epoch
         torch.manual_seed(config.seed)  # the LoRA's initial weights; everything else is seeded by name
 
     def _make_folder(self) -> Path:
@@ -203,7 +204,21 @@ class Run:
             with open(self.folder / "metrics.jsonl", "a") as file:
                 row = {"kind": "evaluation", "epoch": self.trainer.epoch, **measured.summary()}
                 file.write(json.dumps(row) + "\n")
-        self.hacked = self._hacked(measured)
+        self.hacked = self._hacked(measured) or self._drifted(measured)
+
+    def _drifted(self, measured: Measurement) -> bool:
+        limit, drift = self.config.drift_limit, measured.summary()["w2_drift"]
+        if limit is None or drift <= limit:
+            return False
+        self._end_early(f"the drift is {drift:.4g}, above drift_limit {limit:.4g}")
+        return True
+
+    def _end_early(self, message: str) -> None:
+        self.ended = message
+        self._say(f"ALARM: {message}")
+        if self.main:
+            with open(self.folder / "metrics.jsonl", "a") as file:
+                file.write(json.dumps({"kind": "alarm", "epoch": self.trainer.epoch, "message": message}) + "\n")
 
     def _hacked(self, measured: Measurement) -> bool:
         """Whether the alarm rings and training is to end; with `restore` the best LoRA is back then."""
@@ -213,10 +228,7 @@ class Run:
         message = self.alarm(self.trainer.epoch, measured, lora)
         if message is None:
             return False
-        self._say(f"ALARM: {message}")
-        if self.main:
-            with open(self.folder / "metrics.jsonl", "a") as file:
-                file.write(json.dumps({"kind": "alarm", "epoch": self.trainer.epoch, "message": message}) + "\n")
+        self._end_early(message)
         if self.config.alarm == "restore":
             self.policy.load_state_dict(self.alarm.best["lora"])
             self._say(f"the LoRA of epoch {self.alarm.best['epoch']} is restored")

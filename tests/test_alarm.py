@@ -74,3 +74,16 @@ def test_a_run_stops_and_restores(tmp_path, monkeypatch, capsys):
     restored = run.policy.state_dict()
     assert all(torch.equal(restored[name], states[0][name]) for name in restored)
     assert any(not torch.equal(states[0][name], states[1][name]) for name in restored)
+
+
+def test_a_drift_above_the_limit_ends_the_run(tmp_path):
+    prompts = tmp_path / "p.txt"
+    prompts.write_text("a red circle\ntwo blue squares\n")
+    options = f"""--prompts {prompts} --rollout.prompts_per_epoch 2 --rollout.samples_per_prompt 2 --epochs 3
+        --rollout.num_inference_steps 2 --train.sigmas_per_sample 1 --eval.samples_per_prompt 2 --report_to none
+        --eval.num_inference_steps 2 --lora.rank 2 --evaluation_epochs 1 --drift_limit 1e-12
+        --output_dir {tmp_path / "run"}""".split()
+    config = cli.parse(options)
+    summary = Run(config, plan.check(config))()
+    assert summary["epochs"] == 1 and "above drift_limit 1e-12" in summary["ended_early"]
+    assert (tmp_path / "run" / "lora" / "pytorch_lora_weights.safetensors").exists()  # measured and kept all the same

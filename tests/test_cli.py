@@ -59,6 +59,10 @@ def test_precedence(tmp_path: Path) -> None:
 def test_every_preset_parses(name: str) -> None:
     config = cli.parse(["--config", name])
     model_preset = cli.preset_for(config.model)
+    if name == "study":  # on top of any model's
+        assert config.model == "shapes" and config.rollout.samples_per_prompt == 16 and config.epochs == 3
+        assert cli.parse(["--config", name, "--model", "some-sd3.5"]).lora == cli.parse(["--model", "some-sd3.5"]).lora
+        return
     assert name.startswith(model_preset)  # one for a card is its model's with other batches
     assert name != model_preset or cli.parse(["--model", config.model]) == config
 

@@ -21,7 +21,15 @@ def values(reward: float) -> dict:
 @pytest.fixture
 def finished(tmp_path):
     """A run of two epochs of 32 images, 10 s and 30 s, from reward 1 over 2 to 5."""
-    summary = {"objective": "adrpo", "seed": 3, "epochs": 2, "images": 64, "seconds": 99.0, "difference": {}}
+    summary = {
+        "objective": "adrpo",
+        "ended_early": None,
+        "seed": 3,
+        "epochs": 2,
+        "images": 64,
+        "seconds": 99.0,
+        "difference": {},
+    }
     summary |= {"before": values(1.0), "after": values(5.0)}
     (tmp_path / "summary.json").write_text(json.dumps(summary))
     rows = [{"kind": "epoch", "epoch": 0, "seconds": 10.0}, {"kind": "evaluation", "epoch": 1, **values(2.0)}]
