@@ -92,7 +92,7 @@ def run(member: Member, folder: Path, threads: int) -> str | None:
     target = folder / "members" / member.name
     if (target / "summary.json").exists():
         return None
-    command = [sys.executable, str(ROOT / "train_sd3.py"), *member.options]
+    command = [sys.executable, str(ROOT / "train_sd3.py"), f"--base_cache={folder / 'base'}", *member.options]
     if any(target.glob("checkpoints/*/state.pt")):
         command += ["--resume_from_checkpoint", str(target)]
     elif target.exists():

@@ -97,6 +97,7 @@ class Config:
     reward_timeout: float = 600.0  # seconds that a reward may take for one batch; 0: as long as it likes
     reward_retries: int = 2  # times that a reward which raised is called again, after 1 s, 2 s, ...
     text_cache: str | None = None  # folder of prompt embeddings; None: ~/.cache/sd3_adrpo/text; "none": keep none
+    base_cache: str | None = None  # folder where runs of one process share what the base decides (base_cache.py)
     objective: Objective = field(default_factory=Adrpo)  # what is minimised
     reward: ClipReward = field(default_factory=ClipReward)  # what is maximised
     watch: NoReward = field(default_factory=NoReward)  # what is only watched

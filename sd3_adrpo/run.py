@@ -20,6 +20,7 @@ from transformers.utils import logging as transformers_logging
 
 from . import cli, figures, result
 from .alarm import Alarm
+from .base_cache import BaseCache
 from .canary import check_learning
 from .checkpoint import find_checkpoint, load_checkpoint, prune, save_checkpoint
 from .compiling import compile_blocks
@@ -120,9 +121,12 @@ class Run:
         if config.compile:
             shape = self.model.latent_shape(rollout.height, rollout.width)
             compile_blocks(self.policy, condition, shape, rollout.batch_size)
+        cached = config.base_cache if self.accelerator.num_processes == 1 else None
+        self.base_cache = BaseCache(cached, config, self.plan.train, self.plan.test)
         self.trainer = Trainer(
             config, self.accelerator, self.model, self.policy, self.scorer, self.plan.train, condition, negative
         )
+        self.trainer.base_cache = self.base_cache
 
     def _text_cache(self) -> Path | None:
         """None for the built-in world, whose encoders are small."""
@@ -161,7 +165,7 @@ class Run:
             if before.scores.keys() == self.scorer.scorers.keys():  # else another reward is optimised or watched now
                 return before
         with self.policy.reference():
-            before = self._measure(None, "before")
+            before, _ = self.base_cache(Measurement, lambda: self._measure(None, "before"))
         if self.main:
             torch.save(vars(before), path)
         return before
@@ -182,7 +186,7 @@ class Run:
             images, texts = self.trainer.last_images
             metrics |= sampled_accuracy(images, texts, self.accelerator)
             metrics |= sampled_diversity(images, texts, self.embedder or self.scorer.embedder)
-            metrics["seconds"] = time.monotonic() - started
+            metrics["seconds"] = time.monotonic() - started + self.trainer.spared
             metrics["images_per_second"] = self.trainer.samples / metrics["seconds"]
             metrics |= {
                 name: updates[-1][name] for name in ("w2", "w2_old", "velocity_norm_ratio") if name in updates[-1]

@@ -69,7 +69,7 @@ class Trainer:
         self.rollout: Rollout | None = None
         self.advantage = torch.zeros(0)
         self.weighing: dict[str, float] = {}  # the epoch's metrics of the advantages
-        self.stopped = False
+        self.stopped, self.base_cache, self.spared = False, None, 0.0  # seconds of sampling that a cache spared
 
     @property
     def updates_per_pass(self) -> int:
@@ -114,7 +114,11 @@ class Trainer:
     # prompts -> latents -> images -> rewards -> advantages
 
     def _sample(self, progress: Any) -> None:
-        self.rollout = self.collector(self.epoch, progress, self._check_stop)
+        def collect() -> Rollout:
+            return self.collector(self.epoch, progress, self._check_stop)
+
+        shared = self.epoch == 0 and self.base_cache
+        self.rollout, self.spared = self.base_cache(Rollout, collect) if shared else (collect(), 0.0)
         advantage = self.advantages(self.rollout.rewards, self.rollout.prompt)
         self.advantage, self.weighing = self.objective.weigh(advantage)
         self.weighing["advantage_std"] = advantage.std(correction=0).item()
