@@ -115,3 +115,7 @@ class Config:
     alarm: Literal["off", "warn", "stop", "restore"] = "off"
     drift_limit: float | None = None  # a measured w2_drift above it ends the run, which is then measured and kept
     alarm_stderrs: float = 3.0  # standard errors by which the held-out signal must have fallen
+
+    def __post_init__(self) -> None:
+        if getattr(self.objective, "pairs_file", None):
+            self.rollout.samples_per_prompt = 2  # the chosen and the rejected image

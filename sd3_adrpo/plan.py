@@ -73,7 +73,12 @@ def resolve_prompts(config: Config) -> tuple[list[Prompt], list[Prompt], dict[st
 
     The held-out fifth is drawn by `eval.seed`, not by `seed`: runs of several seeds are measured on the same prompts.
     """
+    pairs = getattr(config.objective, "pairs_file", None)
+    if pairs and config.prompts:
+        raise UserError(f"the prompts come from objective.pairs_file {pairs}: leave out --prompts {config.prompts}")
     builtin = config.model == "shapes" and config.prompts is None
+    if pairs:
+        return _resolve_pairs(Path(pairs), config, builtin)
     if config.prompts is None and not builtin:
         raise UserError(f"{config.model} needs --prompts FILE (prompts/README.md lists what comes with the program)")
     path = find_prompts("shapes_rl.csv" if builtin else config.prompts)
@@ -92,6 +97,21 @@ def resolve_prompts(config: Config) -> tuple[list[Prompt], list[Prompt], dict[st
         categories = Counter(prompt.category for prompt in prompts if prompt.category)
         described[part] |= {"sha256": file_hash(file), "prompts": len(prompts)}
         described[part]["categories"] = dict(categories)
+    described["test"]["also_trained_on"] = len({prompt.text for prompt in train} & {prompt.text for prompt in test})
+    return train, test, described
+
+
+def _resolve_pairs(path: Path, config: Config, builtin: bool) -> tuple[list[Prompt], list[Prompt], dict[str, Any]]:
+    from .pairs import as_prompts, read_pairs  # late: loads torch
+
+    train = as_prompts(read_pairs(path))
+    if config.test_prompts is None and not builtin:
+        raise UserError("objective.pairs_file needs --test_prompts FILE: what shall the policy be measured on?")
+    test_path = find_prompts(config.test_prompts or "shapes_test.csv")
+    test = read_prompts(test_path)
+    described = {"train": {"file": _shown(path), "part": "all"}, "test": {"file": _shown(test_path), "part": "all"}}
+    for part, prompts, file in (("train", train, path), ("test", test, test_path)):
+        described[part] |= {"sha256": file_hash(file), "prompts": len(prompts), "categories": {}}
     described["test"]["also_trained_on"] = len({prompt.text for prompt in train} & {prompt.text for prompt in test})
     return train, test, described
 

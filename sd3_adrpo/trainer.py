@@ -16,6 +16,7 @@ from .config import Config
 from .draws import Draws, fresh_noise, path_steps
 from .models.sd3 import SD3
 from .objective import check_rollout
+from .pairs import PairCollector
 from .parallel import any_process, share
 from .policy import Policy
 from .prompts import Prompt
@@ -48,7 +49,8 @@ class Trainer:
     ) -> None:
         self.config, self.accelerator, self.model, self.policy, self.scorer = config, accelerator, model, policy, scorer
         self.prompts, self.condition, self.objective = prompts, condition, config.objective
-        self.collector = Collector(config, accelerator, model, policy, scorer, prompts, condition, negative)
+        collector = PairCollector if getattr(config.objective, "pairs_file", None) else Collector
+        self.collector = collector(config, accelerator, model, policy, scorer, prompts, condition, negative)
         self.shape, self.samples, self.mine = (getattr(self.collector, name) for name in ("shape", "samples", "mine"))
         check_rollout(config, accelerator.num_processes)
         train = config.train

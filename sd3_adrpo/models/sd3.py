@@ -216,6 +216,14 @@ class SD3:
             images.append((image.float() / 2 + 0.5).clamp(0, 1).to(clean.device).contiguous())
         return torch.cat(images)
 
+    @torch.no_grad()
+    def encode_images(self, images: Tensor) -> Tensor:
+        """Latents (B, C, h, w), float32, of images (B, 3, H, W) in [0, 1]: the inverse of `decode`, by the mode."""
+        config = self.vae.config
+        pixels = (2 * images - 1).to(self.device, self.vae.dtype, memory_format=torch.channels_last)
+        latent = self.vae.encode(pixels).latent_dist.mode().float()
+        return ((latent - config.shift_factor) * config.scaling_factor).contiguous()
+
 
 def _source(model: str) -> str:
     """The folder or hub id to hand to diffusers."""

@@ -1,4 +1,4 @@
-"""Diffusion-DPO (arXiv 2311.12908) for flow matching, online: pairs from the policy's own samples of a prompt."""
+"""Diffusion-DPO (arXiv 2311.12908) for flow matching: pairs of the policy's own samples of a prompt, or of a file."""
 
 from __future__ import annotations
 
@@ -21,13 +21,15 @@ class Dpo(Objective):
 
     Pairs are the best with the worst of a prompt's samples, then the second best with the second worst, and so on.
     Errors are means over the latent, so beta is about the paper's (5000, for sums in their parametrisation) divided by
-    the scale of a sum; 100 is common for means.
+    the scale of a sum; 100 is common for means. `pairs_file` takes pairs of images from a file (pairs.py) instead:
+    the paper's own, offline DPO.
     """
 
     name: Literal["dpo"] = "dpo"  # of the objective
     beta: float = 100.0  # how sure a given difference of errors makes
     pairs: int = 1  # of each prompt's samples
     advantage: Literal["batch", "group", "group_std"] = "group"  # any kind ranks a prompt's samples alike
+    pairs_file: str | None = None  # JSON lines with prompt, chosen, rejected; nothing is sampled, no reward is asked
     members = 2
 
     def __post_init__(self) -> None:
