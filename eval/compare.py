@@ -1,6 +1,7 @@
 """Objectives side by side, over seeds: `python eval/compare.py --objectives adrpo,orw_cfm_w2 --seeds 0,1,2`.
 
 Every member is a run of train_sd3.py in OUTPUT/members; options that compare.py does not know are passed on to all.
+An objective can be there more than once, with options of its own: `--objectives "adrpo,adrpo penalty=fixed"`.
 `--sweep KEY=V1,V2` runs every value of any option, several `--sweep` every combination. What is finished is kept: the
 same command goes on where it stopped, and a member that fails does not cost the others. Writes compare.json, table.md
 and figures. `--quick` is a small version of everything.
@@ -29,6 +30,7 @@ from sd3_adrpo import cli, comparison
 from sd3_adrpo.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
+OBJECTIVES = "names with commas, each with options of its own after it: 'raft,adrpo beta0=2 train.learning_rate=1e-3'"
 QUICK = "--config study --epochs 2 --rollout.prompts_per_epoch 64".split()
 
 
@@ -50,7 +52,7 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--objectives", default=",".join(cli.available("objective")), help="names with commas")
+    parser.add_argument("--objectives", default=",".join(cli.available("objective")), help=OBJECTIVES)
     parser.add_argument("--seeds", default="0,1,2", help="numbers with commas")
     parser.add_argument("--sweep", action="append", default=[], metavar="KEY=V1,V2", help="values of any option")
     parser.add_argument("--output_dir", type=Path, default=Path("runs/compare"), help="goes on where it stopped")
@@ -76,11 +78,20 @@ def members(args: argparse.Namespace, options: Sequence[str]) -> list[Member]:
         sweeps.append([(key, value) for value in values.split(",")])
     chosen = []
     for seed in args.seeds.split(","):
-        for objective in args.objectives.split(","):
+        for entry in args.objectives.split(","):
+            objective, *words = entry.split()
+            variant = [f"--{word}" if "." in word.partition("=")[0] else f"--objective.{word}" for word in words]
             for combination in itertools.product(*sweeps):
-                label = " ".join([objective, *(f"{key.rpartition('.')[2]}={value}" for key, value in combination)])
+                label = " ".join([objective, *words, *(f"{key.rpartition('.')[2]}={v}" for key, v in combination)])
                 swept = [f"--{key}={value}" for key, value in combination]
-                own = (f"--objective={objective}", f"--seed={seed}", "--evaluation_epochs=1", *options, *swept)
+                own = (
+                    f"--objective={objective}",
+                    f"--seed={seed}",
+                    "--evaluation_epochs=1",
+                    *options,
+                    *variant,
+                    *swept,
+                )
                 chosen.append(Member(label, int(seed), own))
     for member in chosen:
         cli.parse(member.options)  # exits with a message on a misspelt option, before hours of work

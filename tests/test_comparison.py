@@ -88,6 +88,15 @@ def test_members_are_every_combination():
     assert "--epochs" in chosen[0].options and "--train.learning_rate=1e-3" in chosen[0].options
 
 
+def test_an_objective_with_options_of_its_own():
+    chosen = compare.members(
+        *compare.parse(["--objectives", "raft,adrpo beta0=2 train.inner_epochs=1", "--seeds", "0"])
+    )
+    assert [member.label for member in chosen] == ["raft", "adrpo beta0=2 train.inner_epochs=1"]
+    assert chosen[1].options[-2:] == ("--objective.beta0=2", "--train.inner_epochs=1")
+    assert chosen[1].name == "adrpo_beta0=2_train.inner_epochs=1_seed0"
+
+
 def test_misspelt_option_stops_before_anything_runs(tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         compare.main(["--output_dir", str(tmp_path / "c"), "--seeds", "0", "--epoch", "1"])
