@@ -135,6 +135,8 @@ class Trainer:
             **self.scorer.means(rollout.scores),
             "reward_std": rewards.std(correction=0).item(),
             "reward_std_within_prompt": (rewards - mean[group]).square().mean().sqrt().item(),
+            # what a tilt by 1 + A / beta0 gains is this over beta0, to first order
+            "advantage_reward_covariance": ((self.advantage - self.advantage.mean()) * rewards).mean().item(),
             "learning_rate": self.scheduler.get_last_lr()[0],
             **self.weighing,
         }
@@ -169,14 +171,20 @@ class Trainer:
 
     def order(self, count: int) -> Tensor:
         """The units (count,) in the order of the current pass."""
-        return torch.randperm(count, generator=generator_for(self.config.seed, "order", self.epoch, self.inner))
+        generator = generator_for(self.config.seed, "order", self.epoch, self.inner)
+        if not self.config.train.paired_noise:
+            return torch.randperm(count, generator=generator)
+        whole = self.objective.units_per_group(self.config.rollout.samples_per_prompt)  # prompts stay together
+        groups = torch.randperm(count // whole, generator=generator)
+        return (groups[:, None] * whole + torch.arange(whole)).flatten()
 
     def _draw(self, units: Tensor) -> Draws:
         train, names = self.config.train, (self.config.seed, self.epoch, self.inner)
         if self.objective.noise_level:
             return path_steps(units, self.collector.sigmas, train.sigmas_per_sample, names)
         count, shift = train.sigmas_per_sample, train.sigma_shift
-        return fresh_noise(units, self.samples, count, shift, self.shape, names, train.sigma_max)
+        shared_by = self.config.rollout.samples_per_prompt if train.paired_noise else 1
+        return fresh_noise(units, self.samples, count, shift, self.shape, names, train.sigma_max, shared_by)
 
     @torch.no_grad()
     def _freeze(self, draws: Draws) -> None:
