@@ -43,9 +43,7 @@ class TrainConfig:
     inner_epochs: int = 1  # passes over the epoch's samples, each with fresh noise; not in the paper
     sigma_shift: float = 3.0  # training sigmas: stratified uniform, then shifted as SD3's grid; not in the paper
     sigma_max: float = 1.0  # no training sigma lies above; there may be no signal there (docs/tuning.md)
-    paired_noise: bool = (
-        False  # a prompt's samples share sigmas, noise and update, where what they have in common cancels
-    )
+    paired_noise: bool = False  # a prompt's samples share sigmas, noise and update: what they have in common cancels
     learning_rate: float = 3e-4  # of AdamW, after the warm-up
     adam_beta1: float = 0.9  # decay of the gradient's running mean
     adam_beta2: float = 0.999  # decay of its square's running mean
