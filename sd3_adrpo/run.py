@@ -214,11 +214,11 @@ class Run:
         limit, drift = self.config.drift_limit, measured.summary()["w2_drift"]
         if limit is None or drift <= limit:
             return False
-        self._end_early(f"the drift is {drift:.4g}, above drift_limit {limit:.4g}")
+        self.ended = f"the drift is {drift:.4g}, above drift_limit {limit:.4g}"
+        self._alarm(self.ended)
         return True
 
-    def _end_early(self, message: str) -> None:
-        self.ended = message
+    def _alarm(self, message: str) -> None:
         self._say(f"ALARM: {message}")
         if self.main:
             with open(self.folder / "metrics.jsonl", "a") as file:
@@ -232,7 +232,8 @@ class Run:
         message = self.alarm(self.trainer.epoch, measured, lora)
         if message is None:
             return False
-        self._end_early(message)
+        self._alarm(message)
+        self.ended = None if self.config.alarm == "warn" else message
         if self.config.alarm == "restore":
             self.policy.load_state_dict(self.alarm.best["lora"])
             self._say(f"the LoRA of epoch {self.alarm.best['epoch']} is restored")
