@@ -10,6 +10,7 @@ and figures. `--quick` is a small version of everything.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import itertools
 import json
 import os
@@ -27,6 +28,7 @@ from typing import Any
 from tqdm import tqdm
 
 from sd3_adrpo import cli, comparison
+from sd3_adrpo.config import Config
 from sd3_adrpo.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -80,7 +82,7 @@ def members(args: argparse.Namespace, options: Sequence[str]) -> list[Member]:
     for seed in args.seeds.split(","):
         for entry in args.objectives.split(","):
             objective, *words = entry.split()
-            variant = [f"--{word}" if "." in word.partition("=")[0] else f"--objective.{word}" for word in words]
+            variant = [f"--{word}" if _is_general(word) else f"--objective.{word}" for word in words]
             for combination in itertools.product(*sweeps):
                 label = " ".join([objective, *words, *(f"{key.rpartition('.')[2]}={v}" for key, v in combination)])
                 swept = [f"--{key}={value}" for key, value in combination]
@@ -96,6 +98,12 @@ def members(args: argparse.Namespace, options: Sequence[str]) -> list[Member]:
     for member in chosen:
         cli.parse(member.options)  # exits with a message on a misspelt option, before hours of work
     return chosen
+
+
+def _is_general(word: str) -> bool:
+    """Whether KEY=VALUE names an option of the whole run, not one of its objective."""
+    key = word.partition("=")[0]
+    return "." in key or key in {field.name for field in dataclasses.fields(Config)}
 
 
 def run(member: Member, folder: Path, threads: int) -> str | None:

@@ -90,11 +90,11 @@ def test_members_are_every_combination():
 
 def test_an_objective_with_options_of_its_own():
     chosen = compare.members(
-        *compare.parse(["--objectives", "raft,adrpo beta0=2 train.inner_epochs=1", "--seeds", "0"])
+        *compare.parse(["--objectives", "raft,adrpo beta0=2 train.inner_epochs=1 epochs=5", "--seeds", "0"])
     )
-    assert [member.label for member in chosen] == ["raft", "adrpo beta0=2 train.inner_epochs=1"]
-    assert chosen[1].options[-2:] == ("--objective.beta0=2", "--train.inner_epochs=1")
-    assert chosen[1].name == "adrpo_beta0=2_train.inner_epochs=1_seed0"
+    assert [member.label for member in chosen] == ["raft", "adrpo beta0=2 train.inner_epochs=1 epochs=5"]
+    assert chosen[1].options[-3:] == ("--objective.beta0=2", "--train.inner_epochs=1", "--epochs=5")
+    assert chosen[1].name == "adrpo_beta0=2_train.inner_epochs=1_epochs=5_seed0"
 
 
 def test_misspelt_option_stops_before_anything_runs(tmp_path, capsys):
