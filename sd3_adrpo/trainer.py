@@ -14,6 +14,7 @@ from .advantages import Advantages
 from .collect import Collector
 from .config import Config
 from .draws import Draws, fresh_noise, path_steps
+from .flat_rewards import FlatRewards
 from .models.sd3 import SD3
 from .objective import check_rollout
 from .parallel import any_process, share
@@ -68,7 +69,8 @@ class Trainer:
         self.epoch = self.inner = self.update = 0
         self.rollout: Rollout | None = None
         self.advantage = torch.zeros(0)
-        self.weighing: dict[str, float] = {}  # the epoch's metrics of the advantages
+        self.weighing: dict[str, float] = {}  # the epoch's metrics of the advantages, and answers without a rating
+        self.flat = FlatRewards()
         self.stopped = False
 
     @property
@@ -118,6 +120,9 @@ class Trainer:
         advantage = self.advantages(self.rollout.rewards, self.rollout.prompt)
         self.advantage, self.weighing = self.objective.weigh(advantage)
         self.weighing["advantage_std"] = advantage.std(correction=0).item()
+        self.weighing |= self.collector.parse_failures
+        if self.accelerator.is_main_process:
+            self.flat.warn(self.scorer, self.rollout, advantage)
 
     def _rollout_metrics(self, rollout: Rollout) -> dict[str, float]:
         rewards = rollout.rewards
