@@ -109,8 +109,26 @@ def _layers(argv: list[str]) -> list[tuple[str, Layer]]:
     layers = [_read(file) for file in files]
     if not set(files) & set(presets()):
         models = [layer["model"] for _, layer in layers if "model" in layer] + _given(argv, "model")
-        layers.insert(0, _read(preset_for(str(models[-1] if models else Config.model))))
-    return _tuned(layers, argv)
+        files = [preset_for(str(models[-1] if models else Config.model)), *files]
+        layers.insert(0, _read(files[0]))
+    return _tuned(_watched(layers, files, argv), argv)
+
+
+def _watched(layers: list[tuple[str, Layer]], files: list[str], argv: list[str]) -> list[tuple[str, Layer]]:
+    """What a preset says of its reward holds where that one is watched too: `--watch clip` is the CLIP of the model."""
+    names = [layer["watch.name"] for _, layer in layers if "watch.name" in layer]
+    name = str((_given(argv, "watch.name") or names or [Config().watch.name])[-1])
+    result = []
+    for (where, layer), file in zip(layers, files, strict=True):
+        owner = layer.get("reward.name")
+        if file in presets() and owner in _names("watch", name):
+            options = {key.replace("reward", "watch", 1): value for key, value in layer.items()}
+            own = {key: value for key, value in options.items() if key.startswith("watch.")}
+            own["watch.name"] = owner
+            _hand_over("watch", own, owner, name)
+            result.append((f"{where}, reward", {"watch.name": name, **own}))
+        result.append((where, layer))
+    return result
 
 
 def _tuned(layers: list[tuple[str, Layer]], argv: list[str]) -> list[tuple[str, Layer]]:
