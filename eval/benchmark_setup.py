@@ -80,7 +80,7 @@ def setup(shape: str, options: list[str], device: torch.device) -> Setup:
         raise UserError("--shape sd3.5-medium needs a CUDA GPU; --shape shapes measures on a CPU")
     preset = {"shapes": ["--model", "shapes"], "sd3.5-medium": ["--config", "sd3.5-medium"]}
     tiny = "--config sd3.5-medium --rollout.height 64 --rollout.width 64 --train.mixed_precision no".split()
-    config = cli.parse([*preset.get(shape, tiny), "--train.learning_rate", "0", *options])
+    config = cli.parse([*preset.get(shape, tiny), "--train.learning_rate", "0", *options], "benchmark.py")
     dtype = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[config.train.mixed_precision]
     length = config.rollout.max_sequence_length
     if shape == "shapes":

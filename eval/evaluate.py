@@ -18,10 +18,10 @@ from typing import Any
 from sd3_adrpo import cli, plan
 from sd3_adrpo import optional_metrics as optional
 from sd3_adrpo.config import Config
-from sd3_adrpo.errors import UserError
+from sd3_adrpo.errors import UserError, exit_code
 from sd3_adrpo.geneval import check_geneval, write_geneval
 from sd3_adrpo.loading import run_of
-from sd3_adrpo.prompts import Prompt, PromptFileError, file_hash, read_prompts
+from sd3_adrpo.prompts import Prompt, file_hash, read_prompts
 from sd3_adrpo.provenance import versions
 
 OPTIONS = {  # ours -> the option of a training run that it sets
@@ -39,12 +39,12 @@ OPTIONS = {  # ours -> the option of a training run that it sets
     "max_sequence_length": ("rollout.max_sequence_length", "T5 tokens; as in training"),
     "mixed_precision": ("train.mixed_precision", "no, fp16 or bf16"),
 }
-RESULT = "evaluation.json"
+PROGRAM, RESULT = "evaluate.py", "evaluation.json"
 
 
 def parse(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, Config]:
     """Exits with 2 on anything unknown or ill-typed."""
-    parser = argparse.ArgumentParser(prog="evaluate.py", description=__doc__, allow_abbrev=False)
+    parser = argparse.ArgumentParser(prog=PROGRAM, description=__doc__, allow_abbrev=False)
     parser.add_argument("--lora", type=Path, help="folder of a run or of its LoRA, or a file; none: the base alone")
     parser.add_argument(
         "--prompts", help="prompt file, all of which is used; none: the test prompts of the run or model"
@@ -66,7 +66,7 @@ def parse(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, Config
     if args.lora and "config" not in given:
         if run := run_of(args.lora):
             given["config"] = str(run / "config.yaml")
-    return args, cli.parse([f"--{name}={value}" for name, value in given.items()] + rewards)
+    return args, cli.parse([f"--{name}={value}" for name, value in given.items()] + rewards, PROGRAM)
 
 
 def _reward_options(words: list[str]) -> tuple[list[str], list[str]]:
@@ -216,12 +216,7 @@ def _cell(value: dict[str, float | None]) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code: 0 done, 1 an error the user can mend (one message, no traceback), 2 bad options."""
     args, config = parse(argv)
-    try:
-        run(args, config)
-    except (UserError, PromptFileError) as error:
-        print(f"evaluate.py: error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return exit_code(PROGRAM, lambda: run(args, config))
 
 
 if __name__ == "__main__":
