@@ -12,6 +12,7 @@ import re
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -100,65 +101,97 @@ def output_folder(folder: Path | None) -> Path:
     return folder
 
 
-def run(args: argparse.Namespace, config: Config) -> Path:
-    """The whole evaluation; returns the path of its result."""
+@dataclass(frozen=True)
+class Task:
+    """What is to be measured, and where it goes."""
+
+    prompts: list[Prompt]
+    description: dict[str, Any]  # of the prompts
+    folder: Path
+    metrics: tuple[str, ...]  # those on request
+    files: list[Path]  # reference images
+
+
+def check(args: argparse.Namespace, config: Config) -> Task:
+    """UserError for what would stop the evaluation later; loads nothing."""
     for name in ("samples_per_prompt", "num_inference_steps", "batch_size"):
         if getattr(config.eval, name) < 1:
             raise UserError(f"{name} is {getattr(config.eval, name)}; it must be at least 1")
     prompts, description = choose_prompts(config, args.prompts)
-    folder, started = output_folder(args.output_dir), time.monotonic()
-    names = optional.parse_names(args.metrics)
+    folder, names = output_folder(args.output_dir), optional.parse_names(args.metrics)
     files = optional.check_reference(args.reference_images) if args.reference_images else []
     if args.geneval_dir:
         check_geneval(prompts, args.geneval_dir)
-    print(
-        f"{len(prompts)} prompts of {description['file']} ({description['part']}), loading {config.model}", flush=True
-    )
-    # what follows loads for seconds: what can be wrong before it has been checked
-    from tqdm import tqdm
+    return Task(prompts, description, folder, names, files)
 
-    from sd3_adrpo import evaluation
+
+def run(args: argparse.Namespace, config: Config) -> Path:
+    """The whole evaluation; returns the path of its result."""
+    task, started = check(args, config), time.monotonic()
+    where = f"{task.description['file']} ({task.description['part']})"
+    print(f"{len(task.prompts)} prompts of {where}, loading {config.model}", flush=True)
+    from sd3_adrpo import evaluation  # from here on things load for seconds
     from sd3_adrpo.loading import load_lora, load_model
-    from sd3_adrpo.samples import save_samples
     from sd3_adrpo.scoring import Scoring
 
-    rollout, model = config.rollout, load_model(config)
+    model = load_model(config)
     path = load_lora(model, args.lora) if args.lora else None
-    policy = evaluation.LoadedLora(model) if path else None
     scorer, embedder = Scoring.load(config, model.device), evaluation.load_embedder(config, model.device)
-    condition, negative = evaluation.encode_prompts(model, prompts, config.eval.guidance_scale)
-    model.drop_text_encoders()
-
-    def progress(phase: str) -> evaluation.Progress:
-        bar = tqdm(desc=phase, unit="img", total=len(prompts) * config.eval.samples_per_prompt, dynamic_ncols=True)
-        return lambda done, total: (bar.update(done - bar.n), bar.close() if done == total else None)
-
-    fixed = {"condition": condition, "negative": negative, "shift": rollout.shift, "progress": progress}
-    fixed |= {"embedder": embedder, "metrics": names, "dino": args.dino_model}
-    measured = evaluation.evaluate(policy, model, scorer, prompts, config.eval, rollout.height, rollout.width, **fixed)
+    policy = evaluation.LoadedLora(model) if path else None
+    measured = measure(task, config, policy, model, scorer, embedder=embedder, dino=args.dino_model)
     summary = {
         "model": config.model,
         "lora": str(path) if path else None,
         "reward": f"{scorer.unit}, {scorer.encoder}",
-        "prompts": description,
-        "settings": {**vars(config.eval), "height": rollout.height, "width": rollout.width},
+        "prompts": task.description,
+        "settings": {**vars(config.eval), "height": config.rollout.height, "width": config.rollout.width},
         "seconds": round(time.monotonic() - started, 1),
         "versions": versions(),
         **measured.summary(),
         **scorer.compared(measured.before.scores, getattr(measured.after, "scores", None), measured.before.prompt),
     }
-    if distances := compare_sets(names, measured, files, embedder or scorer.embedder):
+    if distances := compare_sets(task.metrics, measured, task.files, embedder or scorer.embedder):
         summary["distances"] = distances
-    folder.mkdir(parents=True, exist_ok=True)
-    picture = measured.save_picture(folder)
-    save_samples(measured, folder)
+    write(task, measured, summary, args.geneval_dir)
+    return task.folder / RESULT
+
+
+def measure(task: Task, config: Config, policy: Any, model: Any, scorer: Any, **options: Any) -> Any:
+    """The Evaluation of the base and, with a policy, of the LoRA. The text encoders are dropped on the way."""
+    from tqdm import tqdm
+
+    from sd3_adrpo import evaluation
+
+    condition, negative = evaluation.encode_prompts(model, task.prompts, config.eval.guidance_scale)
+    model.drop_text_encoders()
+
+    def progress(phase: str) -> evaluation.Progress:
+        total = len(task.prompts) * config.eval.samples_per_prompt
+        bar = tqdm(desc=phase, unit="img", total=total, dynamic_ncols=True)
+        return lambda done, total: (bar.update(done - bar.n), bar.close() if done == total else None)
+
+    rollout = config.rollout
+    options |= {"condition": condition, "negative": negative, "shift": rollout.shift, "progress": progress}
+    options |= {"metrics": task.metrics}
+    return evaluation.evaluate(
+        policy, model, scorer, task.prompts, config.eval, rollout.height, rollout.width, **options
+    )
+
+
+def write(task: Task, measured: Any, summary: dict[str, Any], geneval: Path | None) -> None:
+    """Pictures, images and numbers, and a word about them."""
+    from sd3_adrpo.samples import save_samples
+
+    task.folder.mkdir(parents=True, exist_ok=True)
+    picture = measured.save_picture(task.folder)
+    save_samples(measured, task.folder)
     for phase, one in (("base", measured.before), ("lora", measured.after)):
-        if args.geneval_dir and one is not None:
-            write_geneval(prompts, one.images, args.geneval_dir / phase)
-    (folder / RESULT).write_text(json.dumps(summary, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        if geneval and one is not None:
+            write_geneval(task.prompts, one.images, geneval / phase)
+    result = task.folder / RESULT
+    result.write_text(json.dumps(summary, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     print_tables(summary)
-    print(f"\nlook at {picture}; the numbers are in {folder / RESULT}")
-    return folder / RESULT
+    print(f"\nlook at {picture}; the numbers are in {result}")
 
 
 def compare_sets(names: Sequence[str], measured: Any, files: list[Path], embedder: Any) -> dict[str, Any]:

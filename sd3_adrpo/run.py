@@ -32,12 +32,12 @@ from .policy import Policy
 from .scoring import Scoring
 from .text_cache import default_folder
 from .trainer import Interrupted, Trainer
+from .types import DTYPES
 from .watching import sampled_accuracy, sampled_diversity
 
 logging.getLogger("diffusers.loaders.lora_base").setLevel(logging.ERROR)  # a LoRA has no text encoder part: no news
 diffusers_logging.disable_progress_bar()
 transformers_logging.disable_progress_bar()
-DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 GRID_PROMPTS, GRID_IMAGES = 6, 4
 DRIFTS = ("w2", "w2_old", "velocity_norm_ratio")  # of an epoch's last update, beside its rollout's metrics
 
