@@ -90,13 +90,17 @@ def test_optional_metrics_scores_and_distances(tmp_path):
     (folder / "samples" / "samples.json").write_text(json.dumps(samples))
     found = sources.load([folder, _run(tmp_path / "other")])
     rows = {row["title"]: row for row in tables.headline(found)}
-    assert rows["Vendi score"]["note"].endswith("n = 2, the most it can be")
+    assert rows["Vendi score"]["note"].endswith("n = 2 images each")
     assert rows["Vendi score"]["cells"][0]["difference"] == "+0.500" and rows["Vendi score"]["cells"][1] is None
     watched = rows["Watched: jpeg"]["cells"][0]
     assert (watched["before"], watched["after"], watched["difference"]) == ("1.500", "1.250", "−0.250")
     assert "0.050 standard error" in watched["interval"] and "Part: clip" not in rows  # the only part is the reward
-    distances = {row["title"]: row["cells"] for row in tables.distances(found)}
-    assert distances == {"CMMD": [["–", "2.000"], ["–", "–"]], "Recall": [["50.0 %", "75.0 %"], ["–", "–"]]}
+    shown = tables.distances(found)
+    assert shown["columns"] == [(0, "base"), (0, "LoRA")]
+    assert {row["title"]: row["cells"] for row in shown["rows"]} == {
+        "CMMD": ["–", "2.000"],
+        "Recall": ["50.0 %", "75.0 %"],
+    }
     text = page.render(found)
     assert "against 8 images, on features of a CLIP:" in text and "<h3>Distances of sets</h3>" in text
     assert "<h3>Distances of sets</h3>" not in page.render(found[1:])
@@ -228,6 +232,7 @@ def test_slider_and_flip(open_page, tmp_path):
 def test_filter_and_sort(open_page, tmp_path):
     opened = open_page(_run(tmp_path / "run"))
     assert _titles(opened) == [prompt for prompt, _ in PROMPTS]
+    assert not opened.locator("#more").is_visible()  # all are there
     opened.select_option("#sort", "loss")
     assert _titles(opened) == ["two blue squares", EVIL, "a cat", "a red circle"]
     opened.select_option("#sort", "gain")

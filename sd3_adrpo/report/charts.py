@@ -18,7 +18,8 @@ CURVES = {"reward": "reward", "accuracy": "accuracy", "clip_diversity": "clip_di
 BY_SIGMA = {"w2_drift": "Drift by noise level", "velocity_norm_ratio": "|v| / |v_ref| by noise level"}
 NOTES = {
     "epochs": "line: each epoch's own samples, points: test prompts",
-    "sigma": "LoRA on test prompts, σ = 1 is pure noise; bars: 95 % over prompts",
+    "tests": "points: test prompts",
+    "sigma": "LoRA on test prompts; at σ = 1 all is noise",
 }
 
 
@@ -31,7 +32,8 @@ def curves(sources: Sequence[Source]) -> list[dict[str, Any]]:
             lines.append((index, [(r["epoch"] + 1, r[logged]) for r in source.log if r.get(logged) is not None]))
             marks.append((index, _measured(source, metric)))
         if any(len(line) > 1 for _, line in lines) or any(len(points) > 1 for _, points in marks):
-            charts.append({"title": title(metric), "note": NOTES["epochs"], "svg": _chart(metric, lines, marks)})
+            note = NOTES["epochs" if any(line for _, line in lines) else "tests"]
+            charts.append({"title": title(metric), "note": note, "svg": _chart(metric, lines, marks)})
     return charts
 
 

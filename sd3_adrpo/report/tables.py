@@ -50,8 +50,9 @@ def _note(metric: str, sources: list[Source]) -> str:
         return " or ".join(dict.fromkeys(str(source.summary.get("reward", "")) for source in sources))
     text = TITLES.get(metric, ("", ""))[1]
     if metric == "vendi":  # comparable at equal n only
-        numbers = [str(source.samples["images_per_prompt"]) for source in sources if source.samples]
-        text += f"; n = {' or '.join(dict.fromkeys(numbers))}, the most it can be" if numbers else ""
+        having = [source for source in sources if source.samples and metric in source.metrics]
+        numbers = dict.fromkeys(str(source.samples["images_per_prompt"]) for source in having)
+        text += f"; n = {' or '.join(numbers)} images each" if numbers else ""
     return text
 
 
@@ -78,16 +79,20 @@ def _of_score(row: dict[str, Any]) -> dict[str, Any]:
     return _from_summary({**side, "difference": {"score": row["difference"]}}, "score")
 
 
-def distances(sources: list[Source]) -> list[dict[str, Any]]:
-    """A row per distance between sets of images that any source has: {"title", "note", "cells"}, a pair of texts for
-    each source, None where it has none."""
-    found = [source.summary.get("distances") or {} for source in sources]
-    rows = []
-    for name, (heading, note) in DISTANCES.items():
-        pairs = [[(one.get(phase) or {}).get(name) for phase in ("before", "after")] for one in found]
-        if any(value is not None for pair in pairs for value in pair):
-            rows.append({"title": heading, "note": note, "cells": [[number(name, v) for v in pair] for pair in pairs]})
-    return rows
+def distances(sources: list[Source]) -> dict[str, Any]:
+    """{"columns": [(index of a source, "base" or "LoRA")], "rows": [{"title", "note", "cells"}]}."""
+    found = {
+        (index, name): values
+        for index, source in enumerate(sources)
+        for name, phase in (("base", "before"), ("LoRA", "after"))
+        if (values := (source.summary.get("distances") or {}).get(phase))
+    }
+    rows = [
+        {"title": heading, "note": note, "cells": [number(name, values.get(name)) for values in found.values()]}
+        for name, (heading, note) in DISTANCES.items()
+        if any(name in values for values in found.values())
+    ]
+    return {"columns": list(found), "rows": rows}
 
 
 def categories(source: Source) -> list[dict[str, Any]]:
