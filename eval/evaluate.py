@@ -12,9 +12,8 @@ import re
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from sd3_adrpo import cli, plan
 from sd3_adrpo import optional_metrics as optional
@@ -101,8 +100,7 @@ def output_folder(folder: Path | None) -> Path:
     return folder
 
 
-@dataclass(frozen=True)
-class Task:
+class Task(NamedTuple):
     """What is to be measured, and where it goes."""
 
     prompts: list[Prompt]
