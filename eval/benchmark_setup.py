@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
 
 from sd3_adrpo import cli
+from sd3_adrpo.collect import Collector  # noqa: E402
 from sd3_adrpo.config import Config
 from sd3_adrpo.errors import UserError
 from sd3_adrpo.models.sd3 import SD3
@@ -65,7 +66,7 @@ class Setup:
     def trainer(self) -> Trainer:
         """A trainer with samples of noise to train on; its learning rate is 0, so every repeat starts the same."""
         arguments = (self.config, Accelerator(), self.model, self.policy, Scoring({"clip": self.scorer}))
-        made = Trainer(*arguments, [Prompt(text) for text in PROMPTS], self.condition)
+        made = Trainer(Collector(*arguments, [Prompt(text) for text in PROMPTS], self.condition))
         generator = torch.Generator().manual_seed(0)
         prompt = torch.arange(made.samples) % len(PROMPTS)
         clean = torch.randn(made.samples, *made.shape, generator=generator)

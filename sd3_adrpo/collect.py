@@ -35,7 +35,7 @@ class Collector:
         scorer: Scoring,
         prompts: list[Prompt],
         condition: Condition,
-        negative: Condition | None,
+        negative: Condition | None = None,
     ) -> None:
         self.config, self.accelerator, self.model, self.policy, self.scorer = config, accelerator, model, policy, scorer
         self.prompts, self.condition, self.negative = prompts, condition, negative

@@ -22,6 +22,7 @@ from . import cli, figures, result
 from .alarm import Alarm
 from .canary import check_learning
 from .checkpoint import find_checkpoint, load_checkpoint, prune, save_checkpoint
+from .collect import Collector
 from .compiling import compile_blocks
 from .config import Config, EvalConfig
 from .errors import UserError
@@ -119,9 +120,10 @@ class Run:
         if config.compile:
             shape = self.model.latent_shape(rollout.height, rollout.width)
             compile_blocks(self.policy, condition, shape, rollout.batch_size)
-        self.trainer = Trainer(
+        collector = Collector(
             config, self.accelerator, self.model, self.policy, self.scorer, self.plan.train, condition, negative
         )
+        self.trainer = Trainer(collector)
 
     def _text_cache(self) -> Path | None:
         """None for the built-in world, whose encoders are small."""

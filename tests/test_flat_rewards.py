@@ -10,6 +10,7 @@ from accelerate import Accelerator
 
 from sd3_adrpo import cli
 from sd3_adrpo.advantages import Advantages
+from sd3_adrpo.collect import Collector
 from sd3_adrpo.flat_rewards import FlatRewards
 from sd3_adrpo.models.sd3 import SD3
 from sd3_adrpo.policy import Policy
@@ -65,7 +66,7 @@ def trainer(tiny_sd3) -> Trainer:
     prompts = [Prompt("a red circle"), Prompt("a cat")]
     policy, scorer = Policy(model, config.lora), Scoring({"vlm": Rated()})
     condition = model.encode([prompt.text for prompt in prompts])
-    return Trainer(config, Accelerator(cpu=True), model, policy, scorer, prompts, condition)
+    return Trainer(Collector(config, Accelerator(cpu=True), model, policy, scorer, prompts, condition))
 
 
 def test_an_epoch_says_both(trainer, caplog):
