@@ -33,7 +33,7 @@ def layers_of(argv: list[str]) -> list[tuple[str, Layer]]:
     """(where it is from, options) of the preset and of each --config, the weakest first."""
     files = given(argv, "config")
     layers = [_read(file) for file in files]
-    if not set(files) & set(presets()):
+    if not any(file in presets() and "model" in layer for file, (_, layer) in zip(files, layers, strict=True)):
         models = [layer["model"] for _, layer in layers if "model" in layer] + given(argv, "model")
         files = [preset_for(str(models[-1] if models else Config.model)), *files]
         layers.insert(0, _read(files[0]))
