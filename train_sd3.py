@@ -7,25 +7,25 @@ import sys
 from collections.abc import Sequence
 
 from sd3_adrpo import cli, plan
-from sd3_adrpo.errors import UserError
-from sd3_adrpo.prompts import PromptFileError
+from sd3_adrpo.config import Config
+from sd3_adrpo.errors import exit_code
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code: 0 done, 1 an error the user can mend (one message, no traceback), 2 bad options."""
     config = cli.parse(argv)
-    try:
-        planned = plan.check(config)
-        if os.environ.get("RANK", "0") == "0":  # accelerate's launcher numbers its processes
-            print(planned, flush=True)
-        if not config.dry_run:
-            from sd3_adrpo.run import Run  # late: loads diffusers, which a dry run does not need
+    return exit_code("train_sd3.py", lambda: train(config))
 
-            Run(config, planned)()
-    except (UserError, PromptFileError) as error:
-        print(f"train_sd3.py: error: {error}", file=sys.stderr)
-        return 1
-    return 0
+
+def train(config: Config) -> None:
+    """Says what will be done, and does it."""
+    planned = plan.check(config)
+    if os.environ.get("RANK", "0") == "0":  # accelerate's launcher numbers its processes
+        print(planned, flush=True)
+    if not config.dry_run:
+        from sd3_adrpo.run import Run  # late: loads diffusers, which a dry run does not need
+
+        Run(config, planned)()
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
 
 from sd3_adrpo import cli
+from sd3_adrpo.collect import Collector  # noqa: E402
 from sd3_adrpo.config import Config
 from sd3_adrpo.errors import UserError
 from sd3_adrpo.models.sd3 import SD3
@@ -65,7 +66,7 @@ class Setup:
     def trainer(self) -> Trainer:
         """A trainer with samples of noise to train on; its learning rate is 0, so every repeat starts the same."""
         arguments = (self.config, Accelerator(), self.model, self.policy, Scoring({"clip": self.scorer}))
-        made = Trainer(*arguments, [Prompt(text) for text in PROMPTS], self.condition)
+        made = Trainer(Collector(*arguments, [Prompt(text) for text in PROMPTS], self.condition))
         generator = torch.Generator().manual_seed(0)
         prompt = torch.arange(made.samples) % len(PROMPTS)
         clean = torch.randn(made.samples, *made.shape, generator=generator)
@@ -80,7 +81,7 @@ def setup(shape: str, options: list[str], device: torch.device) -> Setup:
         raise UserError("--shape sd3.5-medium needs a CUDA GPU; --shape shapes measures on a CPU")
     preset = {"shapes": ["--model", "shapes"], "sd3.5-medium": ["--config", "sd3.5-medium"]}
     tiny = "--config sd3.5-medium --rollout.height 64 --rollout.width 64 --train.mixed_precision no".split()
-    config = cli.parse([*preset.get(shape, tiny), "--train.learning_rate", "0", *options])
+    config = cli.parse([*preset.get(shape, tiny), "--train.learning_rate", "0", *options], "benchmark.py")
     dtype = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[config.train.mixed_precision]
     length = config.rollout.max_sequence_length
     if shape == "shapes":

@@ -13,15 +13,15 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from sd3_adrpo import cli, plan
 from sd3_adrpo import optional_metrics as optional
 from sd3_adrpo.config import Config
-from sd3_adrpo.errors import UserError
+from sd3_adrpo.errors import UserError, exit_code
 from sd3_adrpo.geneval import check_geneval, write_geneval
 from sd3_adrpo.loading import run_of
-from sd3_adrpo.prompts import Prompt, PromptFileError, file_hash, read_prompts
+from sd3_adrpo.prompts import Prompt, file_hash, read_prompts
 from sd3_adrpo.provenance import versions
 
 OPTIONS = {  # ours -> the option of a training run that it sets
@@ -39,12 +39,12 @@ OPTIONS = {  # ours -> the option of a training run that it sets
     "max_sequence_length": ("rollout.max_sequence_length", "T5 tokens; as in training"),
     "mixed_precision": ("train.mixed_precision", "no, fp16 or bf16"),
 }
-RESULT = "evaluation.json"
+PROGRAM, RESULT = "evaluate.py", "evaluation.json"
 
 
 def parse(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, Config]:
     """Exits with 2 on anything unknown or ill-typed."""
-    parser = argparse.ArgumentParser(prog="evaluate.py", description=__doc__, allow_abbrev=False)
+    parser = argparse.ArgumentParser(prog=PROGRAM, description=__doc__, allow_abbrev=False)
     parser.add_argument("--lora", type=Path, help="folder of a run or of its LoRA, or a file; none: the base alone")
     parser.add_argument(
         "--prompts", help="prompt file, all of which is used; none: the test prompts of the run or model"
@@ -66,7 +66,7 @@ def parse(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, Config
     if args.lora and "config" not in given:
         if run := run_of(args.lora):
             given["config"] = str(run / "config.yaml")
-    return args, cli.parse([f"--{name}={value}" for name, value in given.items()] + rewards)
+    return args, cli.parse([f"--{name}={value}" for name, value in given.items()] + rewards, PROGRAM)
 
 
 def _reward_options(words: list[str]) -> tuple[list[str], list[str]]:
@@ -100,65 +100,96 @@ def output_folder(folder: Path | None) -> Path:
     return folder
 
 
-def run(args: argparse.Namespace, config: Config) -> Path:
-    """The whole evaluation; returns the path of its result."""
+class Task(NamedTuple):
+    """What is to be measured, and where it goes."""
+
+    prompts: list[Prompt]
+    description: dict[str, Any]  # of the prompts
+    folder: Path
+    metrics: tuple[str, ...]  # those on request
+    files: list[Path]  # reference images
+
+
+def check(args: argparse.Namespace, config: Config) -> Task:
+    """UserError for what would stop the evaluation later; loads nothing."""
     for name in ("samples_per_prompt", "num_inference_steps", "batch_size"):
         if getattr(config.eval, name) < 1:
             raise UserError(f"{name} is {getattr(config.eval, name)}; it must be at least 1")
     prompts, description = choose_prompts(config, args.prompts)
-    folder, started = output_folder(args.output_dir), time.monotonic()
-    names = optional.parse_names(args.metrics)
+    folder, names = output_folder(args.output_dir), optional.parse_names(args.metrics)
     files = optional.check_reference(args.reference_images) if args.reference_images else []
     if args.geneval_dir:
         check_geneval(prompts, args.geneval_dir)
-    print(
-        f"{len(prompts)} prompts of {description['file']} ({description['part']}), loading {config.model}", flush=True
-    )
-    # what follows loads for seconds: what can be wrong before it has been checked
-    from tqdm import tqdm
+    return Task(prompts, description, folder, names, files)
 
-    from sd3_adrpo import evaluation
+
+def run(args: argparse.Namespace, config: Config) -> Path:
+    """The whole evaluation; returns the path of its result."""
+    task, started = check(args, config), time.monotonic()
+    where = f"{task.description['file']} ({task.description['part']})"
+    print(f"{len(task.prompts)} prompts of {where}, loading {config.model}", flush=True)
+    from sd3_adrpo import evaluation  # from here on things load for seconds
     from sd3_adrpo.loading import load_lora, load_model
-    from sd3_adrpo.samples import save_samples
     from sd3_adrpo.scoring import Scoring
 
-    rollout, model = config.rollout, load_model(config)
+    model = load_model(config)
     path = load_lora(model, args.lora) if args.lora else None
-    policy = evaluation.LoadedLora(model) if path else None
     scorer, embedder = Scoring.load(config, model.device), evaluation.load_embedder(config, model.device)
-    condition, negative = evaluation.encode_prompts(model, prompts, config.eval.guidance_scale)
-    model.drop_text_encoders()
-
-    def progress(phase: str) -> evaluation.Progress:
-        bar = tqdm(desc=phase, unit="img", total=len(prompts) * config.eval.samples_per_prompt, dynamic_ncols=True)
-        return lambda done, total: (bar.update(done - bar.n), bar.close() if done == total else None)
-
-    fixed = {"condition": condition, "negative": negative, "shift": rollout.shift, "progress": progress}
-    fixed |= {"embedder": embedder, "metrics": names, "dino": args.dino_model}
-    measured = evaluation.evaluate(policy, model, scorer, prompts, config.eval, rollout.height, rollout.width, **fixed)
+    policy = evaluation.LoadedLora(model) if path else None
+    measured = measure(task, config, policy, model, scorer, embedder=embedder, dino=args.dino_model)
     summary = {
         "model": config.model,
         "lora": str(path) if path else None,
         "reward": f"{scorer.unit}, {scorer.encoder}",
-        "prompts": description,
-        "settings": {**vars(config.eval), "height": rollout.height, "width": rollout.width},
+        "prompts": task.description,
+        "settings": {**vars(config.eval), "height": config.rollout.height, "width": config.rollout.width},
         "seconds": round(time.monotonic() - started, 1),
         "versions": versions(),
         **measured.summary(),
         **scorer.compared(measured.before.scores, getattr(measured.after, "scores", None), measured.before.prompt),
     }
-    if distances := compare_sets(names, measured, files, embedder or scorer.embedder):
+    if distances := compare_sets(task.metrics, measured, task.files, embedder or scorer.embedder):
         summary["distances"] = distances
-    folder.mkdir(parents=True, exist_ok=True)
-    picture = measured.save_picture(folder)
-    save_samples(measured, folder)
+    write(task, measured, summary, args.geneval_dir)
+    return task.folder / RESULT
+
+
+def measure(task: Task, config: Config, policy: Any, model: Any, scorer: Any, **options: Any) -> Any:
+    """The Evaluation of the base and, with a policy, of the LoRA. The text encoders are dropped on the way."""
+    from tqdm import tqdm
+
+    from sd3_adrpo import evaluation
+
+    condition, negative = evaluation.encode_prompts(model, task.prompts, config.eval.guidance_scale)
+    model.drop_text_encoders()
+
+    def progress(phase: str) -> evaluation.Progress:
+        total = len(task.prompts) * config.eval.samples_per_prompt
+        bar = tqdm(desc=phase, unit="img", total=total, dynamic_ncols=True)
+        return lambda done, total: (bar.update(done - bar.n), bar.close() if done == total else None)
+
+    rollout = config.rollout
+    options |= {"condition": condition, "negative": negative, "shift": rollout.shift, "progress": progress}
+    options |= {"metrics": task.metrics}
+    return evaluation.evaluate(
+        policy, model, scorer, task.prompts, config.eval, rollout.height, rollout.width, **options
+    )
+
+
+def write(task: Task, measured: Any, summary: dict[str, Any], geneval: Path | None) -> None:
+    """Pictures, images and numbers, and a word about them."""
+    from sd3_adrpo.samples import save_samples
+
+    task.folder.mkdir(parents=True, exist_ok=True)
+    picture = measured.save_picture(task.folder)
+    save_samples(measured, task.folder)
     for phase, one in (("base", measured.before), ("lora", measured.after)):
-        if args.geneval_dir and one is not None:
-            write_geneval(prompts, one.images, args.geneval_dir / phase)
-    (folder / RESULT).write_text(json.dumps(summary, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        if geneval and one is not None:
+            write_geneval(task.prompts, one.images, geneval / phase)
+    result = task.folder / RESULT
+    result.write_text(json.dumps(summary, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     print_tables(summary)
-    print(f"\nlook at {picture}; the numbers are in {folder / RESULT}")
-    return folder / RESULT
+    print(f"\nlook at {picture}; the numbers are in {result}")
 
 
 def compare_sets(names: Sequence[str], measured: Any, files: list[Path], embedder: Any) -> dict[str, Any]:
@@ -216,12 +247,7 @@ def _cell(value: dict[str, float | None]) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code: 0 done, 1 an error the user can mend (one message, no traceback), 2 bad options."""
     args, config = parse(argv)
-    try:
-        run(args, config)
-    except (UserError, PromptFileError) as error:
-        print(f"evaluate.py: error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return exit_code(PROGRAM, lambda: run(args, config))
 
 
 if __name__ == "__main__":

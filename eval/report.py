@@ -11,24 +11,21 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from sd3_adrpo.errors import UserError
+from sd3_adrpo.errors import UserError, exit_code
+
+PROGRAM = "report.py"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code: 0 done, 1 an error the user can mend (one message, no traceback), 2 bad options."""
-    parser = argparse.ArgumentParser(prog="report.py", description=__doc__, allow_abbrev=False)
+    parser = argparse.ArgumentParser(prog=PROGRAM, description=__doc__, allow_abbrev=False)
     parser.add_argument("runs", nargs="+", metavar="RUN", type=Path)
     parser.add_argument("--output", type=Path, metavar="FILE", help="default: report.html in the first run's folder")
     parser.add_argument("--images", type=int, metavar="N", help="at most so many of a prompt; default: up to 4")
     args = parser.parse_args(argv)
     if args.images is not None and args.images < 1:
         parser.error(f"--images is {args.images}; it must be at least 1")
-    try:
-        print(write(args.runs, args.output, args.images))
-    except UserError as error:
-        print(f"report.py: error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return exit_code(PROGRAM, lambda: print(write(args.runs, args.output, args.images)))
 
 
 def write(runs: Sequence[Path], output: Path | None, images: int | None) -> str:

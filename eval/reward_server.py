@@ -18,8 +18,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 from sd3_adrpo import cli
-from sd3_adrpo.errors import UserError
+from sd3_adrpo.errors import UserError, exit_code
 
+PROGRAM = "reward_server.py"
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
@@ -102,7 +103,7 @@ def serve(args: argparse.Namespace, options: Sequence[str]) -> RewardServer:
         raise UserError(f"token_variable is {args.token_variable}, which is not set: export it")
     if args.host not in LOOPBACK and not token:
         raise UserError(f"host is {args.host}: others could reach it, so it needs a --token_variable")
-    config = cli.parse(options)
+    config = cli.parse(options, PROGRAM)
     config.reward.describe()
     from sd3_adrpo.scoring import Scoring  # late: loads torch
 
@@ -118,7 +119,7 @@ def serve(args: argparse.Namespace, options: Sequence[str]) -> RewardServer:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs until interrupted. Exit code: 0 then, 1 an error the user can mend, 2 bad options."""
-    parser = argparse.ArgumentParser(prog="reward_server.py", description=__doc__, allow_abbrev=False)
+    parser = argparse.ArgumentParser(prog=PROGRAM, description=__doc__, allow_abbrev=False)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on; the default is this computer only")
     parser.add_argument("--port", type=int, default=8000, help="0: any free one, which is printed")
@@ -126,18 +127,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--max_mb", type=float, default=256, help="largest request")
     parser.add_argument("--device", help="none: cuda where there is one")
     args, options = parser.parse_known_args(argv)
-    try:
-        server = serve(args, options)
-    except UserError as error:
-        print(f"reward_server.py: error: {error}", file=sys.stderr)
-        return 1
+    return exit_code(PROGRAM, lambda: run(args, options))
+
+
+def run(args: argparse.Namespace, options: Sequence[str]) -> None:
+    """Serves until Ctrl+C."""
+    server = serve(args, options)
     print(f"serving {server.scoring.unit}, {server.scoring.encoder} on {server.url}", flush=True)
     try:
         server.serve_forever()
     except KeyboardInterrupt:
         pass
     server.server_close()
-    return 0
 
 
 if __name__ == "__main__":

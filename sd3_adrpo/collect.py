@@ -35,7 +35,7 @@ class Collector:
         scorer: Scoring,
         prompts: list[Prompt],
         condition: Condition,
-        negative: Condition | None,
+        negative: Condition | None = None,
     ) -> None:
         self.config, self.accelerator, self.model, self.policy, self.scorer = config, accelerator, model, policy, scorer
         self.prompts, self.condition, self.negative = prompts, condition, negative
@@ -45,6 +45,7 @@ class Collector:
         self.samples = rollout.prompts_per_epoch * rollout.samples_per_prompt
         self.mine = share(self.samples, accelerator)
         self.done: list[Rollout] = []
+        self.parse_failures: dict[str, float] = {}  # in the last epoch, all processes together
 
     def __call__(self, epoch: int, progress: Callable[[str, int, int], None], check_stop: Callable) -> Rollout:
         """The epoch's rollout: images of this process's share, all else of all processes."""
@@ -52,12 +53,14 @@ class Collector:
         chosen = epoch_prompts(len(self.prompts), rollout.prompts_per_epoch, epoch, self.config.seed)
         prompt = torch.tensor(chosen).repeat_interleave(rollout.samples_per_prompt)
         self.model.transformer.eval()
+        counted = self.scorer.parse_failures
         with failing_together(self.accelerator), ExitStack() as weights:
             if self.config.objective.sampled_by_old:
                 weights.enter_context(self.policy.old())
             if rollout.merge_lora and not self.config.objective.noise_level:  # a path's velocities are trained on as is
                 weights.enter_context(self.policy.merged())
             self._sample_mine(epoch, prompt[self.mine], progress, check_stop)
+        self.parse_failures = self._summed({k: n - counted[k] for k, n in self.scorer.parse_failures.items()})
         mine, self.done = Rollout.cat(self.done), []
         scores = {name: self._gather(values) for name, values in mine.scores.items()}
         return replace(
@@ -109,6 +112,13 @@ class Collector:
             velocity=self.policy.velocity,
         )
         return {"clean": clean}
+
+    def _summed(self, counts: dict[str, int]) -> dict[str, float]:
+        """Over the processes."""
+        if not counts:
+            return {}
+        values = torch.tensor(list(counts.values()), dtype=torch.float32, device=self.accelerator.device)
+        return dict(zip(counts, self.accelerator.reduce(values, "sum").tolist(), strict=True))
 
     def _gather(self, values: Tensor | None) -> Tensor | None:
         return None if values is None else gather_rows(values, self.samples, self.accelerator)

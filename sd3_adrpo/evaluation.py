@@ -18,7 +18,7 @@ from torch import Tensor
 from . import figures
 from .config import EvalConfig
 from .measuring import METRICS, LoadedLora, Measurement, Progress, encode_prompts, load_embedder, measure
-from .metrics import mean_and_stderr, paired_difference
+from .metrics import DRIFT_SIGMAS, mean_and_stderr, paired_difference
 from .models.sd3 import SD3
 from .policy import Policy
 from .prompts import Prompt
@@ -98,20 +98,33 @@ def evaluate(
 
 
 def compare(before: Measurement, after: Measurement | None) -> dict[str, Any]:
-    """{"before", "after": {metric: value}, "difference": {metric: {"mean", "stderr"}}}, None where not applicable.
+    """{"before", "after": {metric: value}, "difference": {metric: {"mean", "stderr"}}, "by_sigma"}, None where not
+    applicable.
 
     Differences are paired by noise, their errors clustered by prompt (`metrics.paired_difference`). The error of
-    free_diversity is that of its unweighted mean over the prompts that have it both times.
+    free_diversity is that of its unweighted mean over the prompts that have it both times. With them `by_sigma`.
     """
     if after is None:
-        return {"before": before.summary(), "after": None, "difference": None}
+        return {"before": before.summary(), "after": None, "difference": None, "by_sigma": None}
     if before.prompts != after.prompts or before.prompt.shape != after.prompt.shape:
         raise ValueError("the two measurements are of other prompts or other numbers of images: they cannot be paired")
     summary = {"before": before.summary(), "after": after.summary()}
     difference = {name: _paired(before, after, name) for name in before.metrics}
     first, second = before.free_diversity_mean, after.free_diversity_mean
     difference["free_diversity"]["mean"] = None if first is None or second is None else second - first
-    return {**summary, "difference": difference}
+    return {**summary, "difference": difference, "by_sigma": by_sigma(after)}
+
+
+def by_sigma(measured: Measurement) -> dict[str, Any] | None:
+    """Where a LoRA differs from its base: {"sigmas": [...], metric: [{"mean", "stderr"} at each]}, for w2_drift and
+    velocity_norm_ratio; errors clustered by prompt."""
+    if not measured.by_sigma:
+        return None
+    found = {
+        name: [mean_and_stderr(column, measured.prompt) for column in values.T]
+        for name, values in measured.by_sigma.items()
+    }
+    return {"sigmas": list(DRIFT_SIGMAS), **found}
 
 
 def _paired(before: Measurement, after: Measurement, name: str, rows: Tensor | None = None) -> dict[str, float | None]:

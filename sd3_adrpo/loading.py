@@ -38,11 +38,12 @@ def load_model(config: Config) -> SD3:
     from transformers.utils import logging as transformers_logging
 
     from .models.sd3 import SD3
+    from .types import DTYPES
 
     diffusers_logging.disable_progress_bar()
     transformers_logging.disable_progress_bar()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[config.train.mixed_precision]
+    dtype = DTYPES[config.train.mixed_precision]
     model = SD3.load(config.model, dtype, device, config.rollout.max_sequence_length)
     model.latent_shape(config.rollout.height, config.rollout.width)
     return model

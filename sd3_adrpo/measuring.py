@@ -12,7 +12,7 @@ from torch import Tensor
 
 from . import optional_metrics
 from .config import Config, EvalConfig
-from .metrics import clip_diversity, compare_velocities, mean_and_stderr
+from .metrics import DRIFT_SIGMAS, clip_diversity, compare_velocities, mean_and_stderr
 from .models.sd3 import SD3
 from .policy import Policy
 from .prompts import Prompt
@@ -54,6 +54,7 @@ class Measurement:
     free_diversity_weight: Tensor  # (N,) the drawn images' diversity, which weighs it in a mean; NaN with it
     extra: dict[str, Tensor] = field(default_factory=dict)  # optional metrics, (B,) or (N,)
     scores: Scores = field(default_factory=dict)  # each (B,): what the reward is made of, and what is only watched
+    by_sigma: dict[str, Tensor] = field(default_factory=dict)  # w2_drift, velocity_norm_ratio: (B, DRIFT_SIGMAS) each
 
     @property
     def metrics(self) -> tuple[str, ...]:
@@ -132,7 +133,7 @@ def measure(
     accuracy, free, weight = _verify(images, [prompts[i].text for i in index.tolist()], number)
     given = None if embeddings.isnan().all() else embeddings
     extra = optional_metrics.by_prompt(metrics, images, index, given, dino, str(model.device))
-    extra |= {"velocity_norm_ratio": ratio} if "velocity_norm_ratio" in metrics else {}
+    extra |= {"velocity_norm_ratio": ratio.mean(1)} if "velocity_norm_ratio" in metrics else {}
     return Measurement(
         prompts=[prompt.text for prompt in prompts],
         categories=[prompt.category for prompt in prompts],
@@ -140,12 +141,13 @@ def measure(
         images=images,
         reward=scoring.total(scores, reference.scores if reference else None),
         accuracy=accuracy,
-        w2_drift=drift,
+        w2_drift=drift.mean(1),
         clip_diversity=clip_diversity(embeddings, index),
         free_diversity=free,
         free_diversity_weight=weight,
         extra=extra,
         scores=scores,
+        by_sigma={"w2_drift": drift, "velocity_norm_ratio": ratio},
     )
 
 
@@ -159,7 +161,7 @@ def _draw(
     embedder: Any,
     progress: Progress,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Scores]:
-    """uint8 images (B, 3, H, W), embeddings (B, E) (NaN without), drift and norm ratio (B,), scores by name."""
+    """uint8 images (B, 3, H, W), embeddings (B, E) (NaN without), drift and norm ratio (B, sigmas), scores by name."""
     repeated = [prompt for prompt in prompts for _ in range(config.samples_per_prompt)]
     index = torch.arange(len(prompts)).repeat_interleave(config.samples_per_prompt)
     seeds = [
@@ -174,10 +176,12 @@ def _draw(
         clean = sample(model, prompt_index=index[rows], seeds=seeds[rows], **options)
         images = model.decode(clean, batch)
         scores, embeddings = scoring.with_embeddings(images, repeated[rows], embedder)
-        drift, ratio = torch.zeros(len(clean)), torch.ones(len(clean))
+        drift = torch.zeros(len(clean), len(DRIFT_SIGMAS))
+        ratio = torch.ones_like(drift)
         if policy is not None:
-            found = compare_velocities(policy, clean, field["condition"], index[rows], seeds[rows], batch_size=batch)
-            drift, ratio = (values.mean(1) for values in found)
+            drift, ratio = compare_velocities(
+                policy, clean, field["condition"], index[rows], seeds[rows], batch_size=batch
+            )
         embeddings = torch.full((len(clean), 1), float("nan")) if embeddings is None else embeddings.cpu()
         parts.append((quantise(images).cpu(), embeddings, drift, ratio, *scores.values()))
         progress(min(start + batch, len(repeated)), len(repeated))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import textwrap
-import time
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from .checkpoint import find_checkpoint
 from .config import Config
 from .cost import CALLS_PER_STEP, FRACTION_OF_PEAK, epoch_flops, memory
 from .errors import UserError
+from .machine import installed_memory, matrix_speed
 from .model_files import ModelFiles, inspect_model
 from .prompts import Prompt, file_hash, held_out, read_prompts
 
@@ -195,7 +195,7 @@ def _memory(config: Config, model: ModelFiles, lora: int) -> str:
     if not model.config:
         return "not known before the model is here"
     need = memory(config, model, lora)
-    name, total = _installed_memory()
+    name, total = installed_memory()
     return (
         f"{_gb(need.encoding)} while prompts are encoded; {_gb(need.frozen)} frozen weights, {_gb(need.lora)} LoRA "
         f"with optimiser, then {_gb(need.sampling)} to sample or {_gb(need.training)} of activations to train (rough "
@@ -215,41 +215,12 @@ def _time(config: Config, model: ModelFiles) -> str:
     import torch
 
     kind = "cuda" if torch.cuda.is_available() else "cpu"
-    speed = FRACTION_OF_PEAK[kind] * _matrix_speed(kind, config.train.mixed_precision)
+    speed = FRACTION_OF_PEAK[kind] * matrix_speed(kind, config.train.mixed_precision)
     work = epoch_flops(config, model)
     return (
         f"about {work / speed:.0f} s per epoch on one process, the reward besides: {work / 1e12:.3g} TFLOP, at "
         f"{FRACTION_OF_PEAK[kind]:.0%} of the speed of matrix products here"
     )
-
-
-def _matrix_speed(kind: str, precision: str) -> float:
-    """FLOP per second of a large matrix product; takes well under a second."""
-    import torch
-
-    dtype = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[precision]
-    size = 8192 if kind == "cuda" else 512
-    a = torch.randn(size, size, device=kind, dtype=dtype)
-    seconds = []
-    for _ in range(4):
-        start = time.perf_counter()
-        b = a @ a
-        if kind == "cuda":
-            torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - start)
-    del a, b
-    return 2 * size**3 / min(seconds)
-
-
-def _installed_memory() -> tuple[str, int]:
-    import torch
-
-    if torch.cuda.is_available():
-        properties = torch.cuda.get_device_properties(0)
-        return properties.name, properties.total_memory
-    if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
-        return "this computer", os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return "this computer", 0
 
 
 def _disk(config: Config, lora: int, output: Path | None) -> str:

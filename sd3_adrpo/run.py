@@ -23,22 +23,24 @@ from .alarm import Alarm
 from .base_cache import BaseCache
 from .canary import check_learning
 from .checkpoint import find_checkpoint, load_checkpoint, prune, save_checkpoint
+from .collect import Collector
 from .compiling import compile_blocks
 from .config import Config, EvalConfig
 from .errors import UserError
 from .evaluation import Measurement, encode_prompts, load_embedder, measure
 from .models.sd3 import SD3
+from .pairs import PairCollector
 from .plan import Plan
 from .policy import Policy
 from .scoring import Scoring
 from .text_cache import default_folder
 from .trainer import Interrupted, Trainer
+from .types import DTYPES
 from .watching import sampled_accuracy, sampled_diversity
 
 logging.getLogger("diffusers.loaders.lora_base").setLevel(logging.ERROR)  # a LoRA has no text encoder part: no news
 diffusers_logging.disable_progress_bar()
 transformers_logging.disable_progress_bar()
-DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 GRID_PROMPTS, GRID_IMAGES = 6, 4
 DRIFTS = ("w2", "w2_old", "velocity_norm_ratio")  # of an epoch's last update, beside its rollout's metrics
 
@@ -123,10 +125,11 @@ class Run:
             compile_blocks(self.policy, condition, shape, rollout.batch_size)
         cached = config.base_cache if self.accelerator.num_processes == 1 else None
         self.base_cache = BaseCache(cached, config, self.plan.train, self.plan.test)
-        self.trainer = Trainer(
+        collect = PairCollector if getattr(config.objective, "pairs_file", None) else Collector
+        collector = collect(
             config, self.accelerator, self.model, self.policy, self.scorer, self.plan.train, condition, negative
         )
-        self.trainer.base_cache = self.base_cache
+        self.trainer = Trainer(collector, self.base_cache)
 
     def _text_cache(self) -> Path | None:
         """None for the built-in world, whose encoders are small."""

@@ -16,15 +16,16 @@ from typing import TYPE_CHECKING
 
 from . import cli
 from .config import Config
-from .errors import UserError
+from .errors import UserError, exit_code
 from .loading import run_of
-from .prompts import PROMPTS_DIR, Prompt, PromptFileError, read_prompts
+from .prompts import PROMPTS_DIR, Prompt, read_prompts
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from .models.sd3 import SD3
 
+PROGRAM = "python -m sd3_adrpo.sample"
 WEIGHTS = (0.0, 1.5)  # allowed strengths of a LoRA: none, and half as much again as was trained
 STRIP = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
 OPTIONS = {  # ours -> the option of a training run that it sets
@@ -39,7 +40,7 @@ OPTIONS = {  # ours -> the option of a training run that it sets
 
 def parse(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, Config]:
     """Exits with 2 on anything unknown, ill-typed or out of range."""
-    parser = argparse.ArgumentParser(prog="python -m sd3_adrpo.sample", description=__doc__, allow_abbrev=False)
+    parser = argparse.ArgumentParser(prog=PROGRAM, description=__doc__, allow_abbrev=False)
     parser.add_argument("prompts", nargs="*", metavar="PROMPT", help="none: four of the built-in test prompts")
     parser.add_argument("--lora", metavar="DIR", help="folder of a run or of its LoRA, or a file; none: the base")
     parser.add_argument("--weight", type=_weight, metavar="W", help="strength of the LoRA, 0 to 1.5; default 1")
@@ -63,7 +64,7 @@ def parse(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, Config
     if args.lora and "config" not in given and (run := run_of(args.lora)):
         given["config"] = str(run / "config.yaml")
     args.number = args.number or (1 if args.strip else 4)
-    return args, cli.parse([f"--{name}={value}" for name, value in given.items()])
+    return args, cli.parse([f"--{name}={value}" for name, value in given.items()], PROGRAM)
 
 
 def _weight(text: str) -> float:
@@ -173,12 +174,7 @@ def run(args: argparse.Namespace, config: Config) -> Path:
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code: 0 done, 1 an error the user can mend (one message, no traceback), 2 bad options."""
     args, config = parse(argv)
-    try:
-        run(args, config)
-    except (UserError, PromptFileError) as error:
-        print(f"sd3_adrpo.sample: error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return exit_code(PROGRAM, lambda: run(args, config))
 
 
 if __name__ == "__main__":

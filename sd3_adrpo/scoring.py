@@ -71,6 +71,12 @@ class Scoring:
         """`unit, encoder` of every score by name."""
         return {key: f"{scorer.unit}, {scorer.encoder}" for key, scorer in self.scorers.items()}
 
+    @property
+    def parse_failures(self) -> dict[str, int]:
+        """Images so far whose score could not be read from an answer, of the scorers that count such (vlm)."""
+        counting = {key: scorer for key, scorer in self.scorers.items() if hasattr(scorer, "parse_failures")}
+        return {f"{key}.parse_failures": scorer.parse_failures for key, scorer in counting.items()}
+
     def __call__(self, images: Tensor, prompts: Sequence[Prompt]) -> Scores:
         """Scores of images (B, 3, H, W) in [0, 1] and their prompts. RewardError names the reward that has none."""
         return {key: self._score(key, lambda s=s: s(images, prompts), prompts) for key, s in self.scorers.items()}

@@ -6,23 +6,18 @@ import signal
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from diffusers.optimization import get_scheduler
 from torch import Tensor
 
 from .advantages import Advantages
+from .base_cache import BaseCache
 from .collect import Collector
-from .config import Config
 from .draws import Draws, fresh_noise, path_steps
-from .models.sd3 import SD3
+from .flat_rewards import FlatRewards
 from .objective import check_rollout
-from .pairs import PairCollector
 from .parallel import any_process, share
-from .policy import Policy
-from .prompts import Prompt
-from .scoring import Scoring
 from .seeds import generator_for
-from .types import Condition, Rollout
+from .types import Rollout
 
 
 class Interrupted(Exception):
@@ -36,27 +31,18 @@ class Trainer:
     optimiser, schedule and advantage statistics; everything random is seeded by name (seeds.py).
     """
 
-    def __init__(
-        self,
-        config: Config,
-        accelerator: Accelerator,
-        model: SD3,
-        policy: Policy,
-        scorer: Scoring,
-        prompts: list[Prompt],
-        condition: Condition,
-        negative: Condition | None = None,
-    ) -> None:
-        self.config, self.accelerator, self.model, self.policy, self.scorer = config, accelerator, model, policy, scorer
-        self.prompts, self.condition, self.objective = prompts, condition, config.objective
-        collector = PairCollector if getattr(config.objective, "pairs_file", None) else Collector
-        self.collector = collector(config, accelerator, model, policy, scorer, prompts, condition, negative)
-        self.shape, self.samples, self.mine = (getattr(self.collector, name) for name in ("shape", "samples", "mine"))
-        check_rollout(config, accelerator.num_processes)
+    def __init__(self, collector: Collector, base_cache: BaseCache | None = None) -> None:
+        """Trains what the collector samples with, on what it collects; the first epoch's may come from the cache."""
+        self.collector, self.base_cache, config = collector, base_cache, collector.config
+        self.config, self.accelerator, self.model = config, collector.accelerator, collector.model
+        self.policy, self.scorer, self.objective = collector.policy, collector.scorer, config.objective
+        self.prompts, self.condition = collector.prompts, collector.condition
+        self.shape, self.samples, self.mine = collector.shape, collector.samples, collector.mine
+        check_rollout(config, self.accelerator.num_processes)
         train = config.train
-        self.advantages = Advantages(self.objective.advantage, condition.pooled)
+        self.advantages = Advantages(self.objective.advantage, self.condition.pooled)
         self.optimizer = torch.optim.AdamW(
-            policy.parameters(),
+            self.policy.parameters(),
             lr=train.learning_rate,
             betas=(train.adam_beta1, train.adam_beta2),
             weight_decay=train.adam_weight_decay,
@@ -66,12 +52,13 @@ class Trainer:
         self.scheduler = get_scheduler(
             train.lr_scheduler, self.optimizer, num_warmup_steps=train.lr_warmup_steps, num_training_steps=total
         )
-        self.scaler = torch.amp.GradScaler(enabled=train.mixed_precision == "fp16" and model.device.type == "cuda")
+        self.scaler = torch.amp.GradScaler(enabled=train.mixed_precision == "fp16" and self.model.device.type == "cuda")
         self.epoch = self.inner = self.update = 0
         self.rollout: Rollout | None = None
         self.advantage = torch.zeros(0)
-        self.weighing: dict[str, float] = {}  # the epoch's metrics of the advantages
-        self.stopped, self.base_cache, self.spared = False, None, 0.0  # seconds of sampling that a cache spared
+        self.weighing: dict[str, float] = {}  # the epoch's metrics of the advantages, and answers without a rating
+        self.flat = FlatRewards()
+        self.stopped, self.spared = False, 0.0  # seconds of sampling that the cache spared
 
     @property
     def updates_per_pass(self) -> int:
@@ -124,6 +111,9 @@ class Trainer:
         advantage = self.advantages(self.rollout.rewards, self.rollout.prompt)
         self.advantage, self.weighing = self.objective.weigh(advantage)
         self.weighing["advantage_std"] = advantage.std(correction=0).item()
+        self.weighing |= self.collector.parse_failures
+        if self.accelerator.is_main_process:
+            self.flat.warn(self.scorer, self.rollout, advantage)
 
     def _rollout_metrics(self, rollout: Rollout) -> dict[str, float]:
         rewards = rollout.rewards

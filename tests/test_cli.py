@@ -168,6 +168,21 @@ def test_missing_prompt_file() -> None:
     assert "Traceback" not in done.stderr and not (ROOT / "runs/never").exists()
 
 
+def test_every_program_says_its_own_name(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """Of a bad option (2) and of an error that the user can mend (1)."""
+    from sd3_adrpo import sample
+    from sd3_adrpo.export import __main__ as export
+
+    name = "python -m sd3_adrpo.sample"
+    with pytest.raises(SystemExit) as stop:
+        sample.main(["a cat", "--height", "tall"])
+    assert stop.value.code == 2 and capsys.readouterr().err.startswith(f"{name}: error: command line: rollout.height")
+    assert sample.main([""]) == 1
+    assert capsys.readouterr().err == f"{name}: error: a prompt is empty; write what the picture should show\n"
+    assert export.main([str(tmp_path), "--merge", str(tmp_path / "out")]) == 1
+    assert capsys.readouterr().err.startswith("python -m sd3_adrpo.export: error: ")
+
+
 def test_prompts_of_the_built_in_world() -> None:
     train, test, description = plan.resolve_prompts(cli.parse([]))
     assert description["train"]["file"].endswith("shapes_rl.csv") and description["train"]["prompts"] == len(train)

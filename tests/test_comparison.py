@@ -3,11 +3,14 @@
 import json
 import math
 import sys
+import types
 from pathlib import Path
 
 import pytest
 
+import train_sd3
 from sd3_adrpo import comparison
+from sd3_adrpo.trainer import Trainer
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "eval"))
@@ -104,6 +107,12 @@ def test_misspelt_option_stops_before_anything_runs(tmp_path, capsys):
     assert compare.main(["--sweep", "objective.beta0"]) == 2
 
 
+def in_this_process(command: list[str], **_) -> types.SimpleNamespace:
+    """A member without the seconds that it takes to import everything again."""
+    assert command[:2] == [sys.executable, str(ROOT / "train_sd3.py")]
+    return types.SimpleNamespace(returncode=train_sd3.main(command[2:]))
+
+
 def test_compare_keeps_what_is_finished(tmp_path, monkeypatch, capsys):
     """Two objectives, one of which fails at first: the other is kept, and the same command goes on."""
     prompts = tmp_path / "prompts.txt"
@@ -113,6 +122,7 @@ def test_compare_keeps_what_is_finished(tmp_path, monkeypatch, capsys):
         --eval.num_inference_steps 2 --report_to none --prompts {prompts} --lora.rank 2""".split()
     command = ["--objectives", "adrpo,raft", "--seeds", "0", "--output_dir", str(tmp_path / "c"), *options]
     run = compare.run
+    monkeypatch.setattr(compare.os, "cpu_count", lambda: 1)  # threads of a model this small wait for each other
     monkeypatch.setattr(
         compare, "run", lambda member, *rest: "it broke" if "raft" in member.name else run(member, *rest)
     )
@@ -122,6 +132,9 @@ def test_compare_keeps_what_is_finished(tmp_path, monkeypatch, capsys):
     assert first["failures"] == {"raft_seed0": "it broke"} and "it broke" in capsys.readouterr().err
     stamp = (tmp_path / "c" / "members" / "adrpo_seed0" / "summary.json").stat().st_mtime_ns
     monkeypatch.setattr(compare, "run", run)
+    here = types.SimpleNamespace(run=in_this_process, STDOUT=None)
+    monkeypatch.setattr(compare, "subprocess", here)  # the first member was a program of its own
+    monkeypatch.setattr(Trainer, "stop_on_signals", lambda self: None)  # signals are for main threads
     assert compare.main(command) == 0
     second = json.loads((tmp_path / "c" / "compare.json").read_text())
     assert [r["objective"] for r in second["runs"]] == ["adrpo", "raft"] and not second["missing"]

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from sd3_adrpo.config import EvalConfig, LoraConfig
-from sd3_adrpo.evaluation import METRICS, Measurement, compare, evaluate, measure, table
+from sd3_adrpo.evaluation import METRICS, Measurement, by_sigma, compare, evaluate, measure, table
 from sd3_adrpo.export import save_lora
 from sd3_adrpo.models.sd3 import SD3
 from sd3_adrpo.policy import Policy
@@ -66,6 +66,11 @@ def test_a_lora_is_compared_with_the_base_without_it(model):
     assert torch.equal(found.before.images, base.images) and torch.equal(found.before.reward, base.reward)
     assert not torch.equal(found.after.images, base.images)
     assert (found.after.w2_drift > 0).all()
+    at = found.summary()["by_sigma"]
+    assert at["sigmas"] == [0.9, 0.7, 0.5, 0.3, 0.1]
+    assert sum(value["mean"] for value in at["w2_drift"]) / 5 == pytest.approx(found.summary()["after"]["w2_drift"])
+    assert len({value["mean"] for value in at["w2_drift"]}) == 5  # another at each
+    assert found.before.by_sigma["velocity_norm_ratio"].eq(1).all()
     reused = evaluate(policy, model, Scorer(), PROMPTS, CONFIG, 64, 64, before=base)
     assert reused.before is base and torch.equal(reused.after.images, found.after.images)
 
@@ -107,6 +112,9 @@ def test_comparison_by_hand():
     assert difference["clip_diversity"] == pytest.approx({"mean": -0.2, "stderr": 0.1})
     assert difference["accuracy"] == {"mean": 0.5, "stderr": None}  # of one prompt
     assert difference["free_diversity"]["mean"] == pytest.approx(-0.1)  # (0.5 + 0.9) / 2 - 0.8
+    assert found["by_sigma"] is None  # neither was measured by sigma
+    after.by_sigma = {"w2_drift": torch.tensor([[1.0, 2.0], [1.0, 4.0], [3.0, 6.0], [3.0, 8.0]])}
+    assert by_sigma(after)["w2_drift"] == [{"mean": 2.0, "stderr": 1.0}, {"mean": 5.0, "stderr": 2.0}]
     row = table(before, after)["x"]
     assert (row["prompts"], row["images"]) == (1, 2)
     assert row["reward"]["after"] == {"mean": 3.0, "stderr": None}

@@ -13,7 +13,16 @@ from diffusers import StableDiffusion3Pipeline
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from sd3_adrpo.export import ExportError, check_lora, lora, model_card, save_lora, stock_pipeline, verify_lora
+from sd3_adrpo.export import (
+    ExportError,
+    check_lora,
+    lora,
+    model_card,
+    save_comfyui,
+    save_lora,
+    stock_pipeline,
+    verify_lora,
+)
 from sd3_adrpo.models.sd3 import SD3
 from sd3_adrpo.types import Condition
 
@@ -105,6 +114,17 @@ def test_file_has_alpha_baked_in_and_diffusers_names(trained, tmp_path):
     with safe_open(path, framework="pt") as file:
         metadata = json.loads(file.metadata()["lora_adapter_metadata"])
     assert metadata["transformer.r"] == metadata["transformer.lora_alpha"] == 4
+
+
+def test_files_can_be_read_by_whom_the_umask_lets(trained, tmp_path):
+    before = os.umask(0o027)
+    try:
+        made = save_lora(trained.transformer, tmp_path / "lora")
+        converted = save_comfyui(made, tmp_path / "comfyui" / "one.safetensors")
+    finally:
+        os.umask(before)
+    assert [oct(path.stat().st_mode & 0o777) for path in (made, converted)] == ["0o640"] * 2
+    assert [path.name for path in converted.parent.iterdir()] == ["one.safetensors"]
 
 
 def test_failed_save_keeps_the_previous_file(trained, tmp_path, monkeypatch):

@@ -12,7 +12,7 @@ from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
 from sd3_adrpo import flow
 from sd3_adrpo.errors import UserError
-from sd3_adrpo.models import sd3
+from sd3_adrpo.models import sd3, sources
 from sd3_adrpo.models.sd3 import SD3
 from sd3_adrpo.rollout import sample
 
@@ -114,12 +114,12 @@ def test_rollout_equals_stock_pipeline_on_its_grid(both, guidance_scale):
 def test_cut_prompts_give_one_warning_and_no_other(tiny_sd35, caplog):
     model = SD3.load(str(tiny_sd35), max_sequence_length=tiny.SEQUENCE)
     with caplog.at_level(logging.WARNING):
-        for name in sd3.TRUNCATION_LOGGERS:  # those libraries do not propagate to the root, where caplog listens
+        for name in sources.TRUNCATION_LOGGERS:  # those libraries do not propagate to the root, where caplog listens
             logging.getLogger(name).addHandler(caplog.handler)
         try:
             model.encode(["a cat", tiny.LONG, tiny.LONG + "!"], batch_size=1)
         finally:
-            for name in sd3.TRUNCATION_LOGGERS:
+            for name in sources.TRUNCATION_LOGGERS:
                 logging.getLogger(name).removeHandler(caplog.handler)
     assert [record.name for record in caplog.records] == ["sd3_adrpo.models.sd3"]
     assert f"2 of 3 prompts are cut at the text encoder's {tiny.CLIP_LENGTH} tokens" in caplog.text

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from sd3_adrpo.bootstrap import Ratio, interval
-from sd3_adrpo.report import page, pictures, sources, tables
+from sd3_adrpo.report import charts, page, pictures, sources, tables
 
 ROOT = Path(__file__).parent.parent
 EVIL = '</script><script>window.hacked = 1</script><img src="http://nowhere.invalid/x" onerror="window.hacked = 1">'
@@ -71,6 +71,49 @@ def test_headline_by_hand(tmp_path):
     colours, counting = tables.categories(source)
     assert (colours["title"], colours["prompts"], counting["title"]) == ("colours", 2, "counting")
     assert colours["cells"][0]["difference"] == "+3.25" and counting["cells"][0]["difference"] == "−3.00"
+
+
+def test_optional_metrics_scores_and_distances(tmp_path):
+    score = {"unit": "kB", "before": {"mean": 1.5, "stderr": 0.1}, "after": {"mean": 1.25, "stderr": 0.1}}
+    score["difference"] = {"mean": -0.25, "stderr": 0.05}
+    sets = {
+        "features": "a CLIP",
+        "reference": "8 images",
+        "before": {"recall": 0.5},
+        "after": {"recall": 0.75, "cmmd": 2},
+    }
+    folder = _run(tmp_path / "run", watch={"jpeg": score}, rewards={"clip": score}, distances=sets)
+    summary, samples = (json.loads((folder / name).read_text()) for name in ("summary.json", "samples/samples.json"))
+    for phase, values in (("before", [1.0, 2.0, 1.5, 1.5]), ("after", [2.0, 2.0, 2.0, 2.0])):
+        summary[phase]["vendi"], samples[phase]["vendi"] = sum(values) / 4, values
+    (folder / "summary.json").write_text(json.dumps(summary))
+    (folder / "samples" / "samples.json").write_text(json.dumps(samples))
+    found = sources.load([folder, _run(tmp_path / "other")])
+    rows = {row["title"]: row for row in tables.headline(found)}
+    assert rows["Vendi score"]["note"].endswith("n = 2 images each")
+    assert rows["Vendi score"]["cells"][0]["difference"] == "+0.500" and rows["Vendi score"]["cells"][1] is None
+    watched = rows["Watched: jpeg"]["cells"][0]
+    assert (watched["before"], watched["after"], watched["difference"]) == ("1.500", "1.250", "−0.250")
+    assert "0.050 standard error" in watched["interval"] and "Part: clip" not in rows  # the only part is the reward
+    shown = tables.distances(found)
+    assert shown["columns"] == [(0, "base"), (0, "LoRA")]
+    assert {row["title"]: row["cells"] for row in shown["rows"]} == {
+        "CMMD": ["–", "2.000"],
+        "Recall": ["50.0 %", "75.0 %"],
+    }
+    text = page.render(found)
+    assert "against 8 images, on features of a CLIP:" in text and "<h3>Distances of sets</h3>" in text
+    assert "<h3>Distances of sets</h3>" not in page.render(found[1:])
+
+
+def test_drift_by_noise_level(tmp_path):
+    values = [{"mean": 0.001, "stderr": None}, {"mean": 0.003, "stderr": 0.0005}]
+    found = sources.load([_run(tmp_path / "run", by_sigma={"sigmas": [0.9, 0.1], "w2_drift": values})])
+    [chart] = charts.by_sigma(found)
+    frame = charts.Frame((0.0, 1.0), charts._range([0.001, 0.003 - 0.00098, 0.003 + 0.00098]))
+    assert f'd="M{frame.at((0.1, 0.003))}L{frame.at((0.9, 0.001))}"' in chart["svg"]  # from little noise to much
+    assert "σ 0.9: 0.0010" in chart["svg"] and chart["title"] in page.render(found)
+    assert charts.by_sigma(sources.load([_run(tmp_path / "older")])) == []
 
 
 def test_shown_images_are_at_even_steps_of_the_gain(tmp_path):
@@ -189,6 +232,7 @@ def test_slider_and_flip(open_page, tmp_path):
 def test_filter_and_sort(open_page, tmp_path):
     opened = open_page(_run(tmp_path / "run"))
     assert _titles(opened) == [prompt for prompt, _ in PROMPTS]
+    assert not opened.locator("#more").is_visible()  # all are there
     opened.select_option("#sort", "loss")
     assert _titles(opened) == ["two blue squares", EVIL, "a cat", "a red circle"]
     opened.select_option("#sort", "gain")

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from sd3_adrpo import cli
+from sd3_adrpo import choices, cli
 from sd3_adrpo.errors import RewardError, UserError
 from sd3_adrpo.prompts import Prompt
 from sd3_adrpo.rewards.jpeg import JpegReward
@@ -25,7 +25,7 @@ PROMPTS = [Prompt("a", metadata={"text": "A"}), Prompt("b b"), Prompt("c c c")]
 
 @pytest.mark.parametrize("name", cli.available("reward"))
 def test_every_file_is_a_reward(name):
-    cls = cli._dataclass("reward", name)
+    cls = choices.dataclass_of("reward", name)
     fields = dataclasses.fields(cls)
     assert fields[0].name == "name" and fields[0].default == name
     assert all(field.default is not dataclasses.MISSING for field in fields)

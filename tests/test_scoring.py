@@ -68,10 +68,32 @@ def test_a_mix_of_rewards_survives_its_yaml(tmp_path):
     assert cli.parse(["--config", str(tmp_path / "config.yaml")]) == config
 
 
+@pytest.mark.parametrize("model", ["someone/stable-diffusion-3.5", "a/b"])
+def test_a_watched_clip_is_the_one_that_the_preset_optimises(tmp_path, model):
+    large, mine = ClipReward(model="ViT-H-14", pretrained="laion2b_s32b_b79k"), ["--model", model]
+    assert cli.parse([*mine, "--reward", "jpeg", "--watch", "clip"]).watch == large
+    assert cli.parse([*mine, "--watch", "jpeg,clip", "--watch.jpeg.target=3"]).watch.parts == {
+        "jpeg": JpegReward(target=3.0),
+        "clip": large,
+    }
+    own = [*mine, "--watch=clip", "--watch.model=ViT-B-32", "--watch.pretrained=openai"]
+    assert cli.parse(own).watch == ClipReward(model="ViT-B-32", pretrained="openai")
+    file = tmp_path / "mine.yaml"
+    file.write_text(f"model: {model}\nreward: {{name: clip, model: ViT-L-14}}\nwatch: clip\n")
+    config = cli.parse(["--config", str(file)])
+    assert config.watch == large
+    assert config.reward.model == "ViT-L-14"  # what one's own file says of the reward is of the reward
+    (tmp_path / "all.yaml").write_text(cli.dump(config))
+    assert cli.parse(["--config", str(tmp_path / "all.yaml")]) == config
+    assert cli.parse([*mine]).watch.name == "none" and cli.parse(["--watch", "clip"]).watch == ClipReward()
+    assert cli.parse(["--config", "sd3.5-medium-24gb", "--watch", "clip"]).watch == large
+
+
 def test_options_follow_a_reward_into_a_mix_and_out_of_it(tmp_path):
     """The preset of SD3.5 gives the CLIP; a mix with clip in it must not fall back to another one."""
     mixed = cli.parse(["--model", "someone/stable-diffusion-3.5", "--reward", "clip=1,jpeg=0.1"]).reward
     assert mixed.parts["clip"] == ClipReward(model="ViT-H-14", pretrained="laion2b_s32b_b79k")
+    assert cli.parse(["--model", "someone/stable-diffusion-3.5", "--reward", "jpeg"]).reward == JpegReward()
     file = tmp_path / "mix.yaml"
     file.write_text("reward: {name: 'clip,jpeg', normalise: batch, jpeg: {target: 4}}\n")
     assert cli.parse(["--config", str(file), "--reward", "jpeg"]).reward == JpegReward(target=4.0)

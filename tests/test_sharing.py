@@ -196,6 +196,9 @@ def test_merged_pipeline_draws_as_base_with_lora(lora_of_tiny, tiny_sd35, tmp_pa
     with_lora = latents(pipeline)
     assert (with_lora - base).abs().max() > 1e-2
     torch.testing.assert_close(latents(StableDiffusion3Pipeline.from_pretrained(folder)), with_lora, atol=1e-5, rtol=0)
+    modes = {path.stat().st_mode & 0o777 for path in folder.rglob("*") if path.is_file()}
+    (tmp_path / "plain.txt").touch()
+    assert modes == {(tmp_path / "plain.txt").stat().st_mode & 0o777}  # as any new file of the user
     made = {path.name for path in folder.iterdir()}
     assert made == {path.name for path in tiny_sd35.iterdir()} | {"README.md"}
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []  # nothing partial stays

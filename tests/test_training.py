@@ -100,6 +100,10 @@ def test_every_objective_resumes_bit_exactly(tmp_path, few_prompts, monkeypatch,
     """Paths, averaged weights and pairs are part of the state."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     options = ["--prompts", few_prompts, "--objective", objective]
+    options += (
+        "--validation_epochs 9 --eval.samples_per_prompt 1 --eval.num_inference_steps 1".split()
+    )  # not their state
+    monkeypatch.setattr("sd3_adrpo.figures.curves", lambda *_: None)
     run(*options, "--output_dir", str(whole))
     step, done = Trainer._step, []
 

@@ -7,15 +7,16 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..errors import UserError
+from ..errors import UserError, exit_code
 from ..loading import find_lora, run_of
 
+PROGRAM = "python -m sd3_adrpo.export"
 DTYPES = ("float32", "bfloat16", "float16")
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Exits with 2 on anything unknown, ill-typed or missing."""
-    parser = argparse.ArgumentParser(prog="python -m sd3_adrpo.export", description=__doc__, allow_abbrev=False)
+    parser = argparse.ArgumentParser(prog=PROGRAM, description=__doc__, allow_abbrev=False)
     parser.add_argument("lora", metavar="RUN_OR_LORA_DIR", help="folder of a run or of its LoRA, or a weight file")
     parser.add_argument(
         "--comfyui", type=Path, metavar="FILE", help="convert for ComfyUI; a folder: a file named as the run, in it"
@@ -67,12 +68,7 @@ def run(args: argparse.Namespace) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code: 0 done, 1 an error the user can mend (one message, no traceback), 2 bad options."""
     args = parse(argv)
-    try:
-        run(args)
-    except (UserError, OSError) as error:
-        print(f"sd3_adrpo.export: error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return exit_code(PROGRAM, lambda: run(args), (UserError, OSError))  # a full disk, a network that is gone
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .lora import ExportError, read_lora
+from .lora import ExportError, follow_umask, read_lora
 
 OUTER = {
     "context_embedder": "context_embedder",
@@ -115,4 +115,5 @@ def save_comfyui(lora: str | Path, file: str | Path) -> Path:
     file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_name(f".{file.name}.partial")
     save_file(converted, partial, metadata={"format": "pt"})
+    follow_umask(partial)
     return partial.replace(file)

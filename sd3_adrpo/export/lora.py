@@ -67,8 +67,17 @@ def save_lora(transformer: nn.Module, folder: str | Path, adapter_name: str = "p
         StableDiffusion3Pipeline.save_lora_weights(
             partial, transformer_lora_layers=layers, transformer_lora_adapter_metadata=metadata
         )
+        follow_umask(Path(partial) / WEIGHTS)
         os.replace(Path(partial) / WEIGHTS, folder / WEIGHTS)
     return folder / WEIGHTS
+
+
+def follow_umask(file: Path) -> None:
+    """Gives a file the mode that any new file of the user has: safetensors writes for the owner's eyes alone."""
+    twin = file.with_name(f".{file.name}.mode")
+    twin.touch()  # the umask itself cannot be read without changing it, for all threads
+    file.chmod(twin.stat().st_mode & 0o777)
+    twin.unlink()
 
 
 def stock_pipeline(model: SD3) -> StableDiffusion3Pipeline:

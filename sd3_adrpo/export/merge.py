@@ -15,7 +15,7 @@ from torch import nn
 from ..errors import UserError
 from ..loading import find_lora, run_of
 from ..model_files import inspect_model
-from .lora import check_lora, read_lora
+from .lora import check_lora, follow_umask, read_lora
 
 CARD = """# {model} with a LoRA merged in
 
@@ -52,9 +52,11 @@ def merge_lora(lora: str | Path, model: str, folder: str | Path, dtype: torch.dt
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as partial:
         made = Path(partial) / "pipeline"
-        shutil.copytree(base, made, ignore=_not_of_the_pipeline(base))
+        shutil.copytree(base, made, ignore=_not_of_the_pipeline(base), copy_function=shutil.copyfile)
         nn.Module.to(transformer, dtype)  # diffusers' own `to` warns of an empty list
         transformer.save_pretrained(made / "transformer")
+        for file in (made / "transformer").glob("*.safetensors"):
+            follow_umask(file)
         name = (run_of(lora) or find_lora(lora)).name
         text = CARD.format(model=model, lora=name, dtype=str(dtype).removeprefix("torch."))
         (made / "README.md").write_text(text, encoding="utf-8")

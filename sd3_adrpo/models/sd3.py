@@ -7,19 +7,11 @@ from __future__ import annotations
 
 import gc
 import logging
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 from diffusers import StableDiffusion3Pipeline
-from huggingface_hub.errors import (
-    EntryNotFoundError,
-    GatedRepoError,
-    LocalEntryNotFoundError,
-    RepositoryNotFoundError,
-)
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from .. import flow
@@ -27,15 +19,11 @@ from ..errors import UserError
 from ..text_cache import TextCache, fingerprint
 from ..types import Condition
 from .repeated_token import allow_repeats
+from .sources import LOAD_ERRORS, explain, quiet_about_cut_prompts, source_of
 
 logger = logging.getLogger(__name__)
 
-LOAD_ERRORS = (OSError, ValueError, ImportError, SafetensorError)
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
-TRUNCATION_LOGGERS = (
-    "diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3",
-    "transformers.tokenization_utils_base",
-)
 
 
 class SD3:
@@ -72,7 +60,7 @@ class SD3:
         With a `text_cache` folder the text encoders load when a prompt turns up that is not in it.
         Raises UserError with the remedy when the model is missing, gated, unreachable, incomplete or no SD3.
         """
-        source = _source(model)
+        source = source_of(model)
         vae_dtype = dtype if dtype == torch.bfloat16 else torch.float32
         try:
             index = StableDiffusion3Pipeline.load_config(source)
@@ -87,7 +75,7 @@ class SD3:
         except LOAD_ERRORS as error:
             if isinstance(error, UserError):
                 raise
-            raise UserError(_explain(model, error)) from error
+            raise UserError(explain(model, error)) from error
         made = cls(pipeline.to(device), model, max_sequence_length)
         if text_cache:
             folder = Path(source) if Path(source).is_dir() else Path(StableDiffusion3Pipeline.download(source))
@@ -105,7 +93,7 @@ class SD3:
     @torch.no_grad()
     def encode(self, prompts: Sequence[str], batch_size: int = 32) -> Condition:
         """One row per prompt, in `dtype`, on the CPU; embeds (N, T, D), pooled (N, P). One warning for cut prompts."""
-        with _truncation_messages_silenced():
+        with quiet_about_cut_prompts():
             self._warn_of_cut_prompts(prompts)
         if self.text_cache is not None:
             return self.text_cache.encode(prompts, lambda missing: self.encode_anew(missing, batch_size))
@@ -122,7 +110,7 @@ class SD3:
         if self.pipeline.text_encoder is None:
             raise RuntimeError("the text encoders were dropped: encode every prompt before drop_text_encoders()")
         embeds, pooled = [], []
-        with _truncation_messages_silenced():
+        with quiet_about_cut_prompts():
             for start in range(0, len(prompts), batch_size):
                 rows = list(prompts[start : start + batch_size])
                 embed, _, pool, _ = self.pipeline.encode_prompt(
@@ -223,60 +211,3 @@ class SD3:
         pixels = (2 * images - 1).to(self.device, self.vae.dtype, memory_format=torch.channels_last)
         latent = self.vae.encode(pixels).latent_dist.mode().float()
         return ((latent - config.shift_factor) * config.scaling_factor).contiguous()
-
-
-def _source(model: str) -> str:
-    """The folder or hub id to hand to diffusers."""
-    if model == "shapes":
-        from ..shapes import PIPELINE_DIR  # late: the built-in world is not needed for other models
-
-        return str(PIPELINE_DIR)
-    path = Path(model).expanduser()
-    if path.is_dir():
-        if not (path / "model_index.json").is_file():
-            raise UserError(f"{model} has no model_index.json: give the folder of a pipeline in diffusers' format")
-        return str(path)
-    if path.is_file():
-        raise UserError(f"{model} is a file: give the folder of a pipeline in diffusers' format, or a hub id")
-    if model.count("/") != 1 or model.startswith((".", "/", "~")) or model.endswith("/"):
-        raise UserError(f'{model} is no folder here: give "shapes", a local folder, or a hub id such as owner/name')
-    return model
-
-
-def _explain(model: str, error: BaseException) -> str:
-    """What went wrong and what to do, from the whole chain of causes: diffusers rewords the hub's own errors."""
-    chain, link = [], error
-    while link is not None and link not in chain:
-        chain.append(link)
-        link = link.__cause__ or link.__context__
-
-    def caused_by(*kinds: type) -> bool:
-        return any(isinstance(link, kinds) for link in chain)
-
-    page = f"https://huggingface.co/{model}"
-    if caused_by(GatedRepoError):
-        return f"{model} is gated: accept its licence at {page}, then log in with `hf auth login`"
-    if caused_by(RepositoryNotFoundError):
-        return f"{model} is not on the hub, or private: check the name at {page}, or log in with `hf auth login`"
-    if caused_by(LocalEntryNotFoundError, ConnectionError):
-        return (
-            f"{model} is not in the local cache and the hub cannot be reached: connect (and unset HF_HUB_OFFLINE), "
-            f"or run `hf download {model} --local-dir FOLDER` elsewhere and give that folder as the model"
-        )
-    if caused_by(EntryNotFoundError):
-        return f"{model} has no model_index.json: it is not a pipeline in diffusers' format"
-    return f"{model} does not load, a part of it may be missing or damaged: {error}"
-
-
-@contextmanager
-def _truncation_messages_silenced() -> Iterator[None]:
-    """diffusers and transformers write one message per cut prompt and encoder; ours is one for all."""
-    loggers = [logging.getLogger(name) for name in TRUNCATION_LOGGERS]
-    levels = [each.level for each in loggers]
-    try:
-        for each in loggers:
-            each.setLevel(logging.ERROR)
-        yield
-    finally:
-        for each, level in zip(loggers, levels, strict=True):
-            each.setLevel(level)

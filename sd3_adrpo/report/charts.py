@@ -15,6 +15,12 @@ from .tables import number, title
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 360, 230, 52, 14, 14, 34  # pixels
 Point = tuple[float, float]
 CURVES = {"reward": "reward", "accuracy": "accuracy", "clip_diversity": "clip_diversity", "w2_drift": "w2"}
+BY_SIGMA = {"w2_drift": "Drift by noise level", "velocity_norm_ratio": "|v| / |v_ref| by noise level"}
+NOTES = {
+    "epochs": "line: each epoch's own samples, points: test prompts",
+    "tests": "points: test prompts",
+    "sigma": "LoRA on test prompts; at σ = 1 all is noise",
+}
 
 
 def curves(sources: Sequence[Source]) -> list[dict[str, Any]]:
@@ -26,8 +32,40 @@ def curves(sources: Sequence[Source]) -> list[dict[str, Any]]:
             lines.append((index, [(r["epoch"] + 1, r[logged]) for r in source.log if r.get(logged) is not None]))
             marks.append((index, _measured(source, metric)))
         if any(len(line) > 1 for _, line in lines) or any(len(points) > 1 for _, points in marks):
-            charts.append({"title": title(metric), "svg": _chart(metric, lines, marks)})
+            note = NOTES["epochs" if any(line for _, line in lines) else "tests"]
+            charts.append({"title": title(metric), "note": note, "svg": _chart(metric, lines, marks)})
     return charts
+
+
+def by_sigma(sources: Sequence[Source]) -> list[dict[str, Any]]:
+    """Where along the noise a LoRA differs from its base, in size and in length of its velocities."""
+    known = [(index, found) for index, source in enumerate(sources) if (found := source.summary.get("by_sigma"))]
+    charts = []
+    for metric, heading in BY_SIGMA.items():
+        lines = [(index, found["sigmas"], found[metric]) for index, found in known if metric in found]
+        if lines:
+            charts.append({"title": heading, "note": NOTES["sigma"], "svg": _by_sigma(metric, heading, lines)})
+    return charts
+
+
+def _by_sigma(metric: str, heading: str, lines: Sequence[tuple[int, list[float], list[dict[str, Any]]]]) -> Markup:
+    def ends(value: dict[str, Any]) -> Point:
+        half = 1.96 * (value["stderr"] or 0.0)
+        return value["mean"] - half, value["mean"] + half
+
+    frame = Frame((0.0, 1.0), _range([end for _, _, values in lines for value in values for end in ends(value)]))
+    parts = [frame.axes(metric, "σ")]
+    for index, sigmas, values in lines:
+        colour, rows = f"s{index % 8}", sorted(zip(sigmas, values, strict=True), key=lambda row: row[0])
+        path = "L".join(frame.at((sigma, value["mean"])) for sigma, value in rows)
+        parts.append(f'<path class="line {colour}" d="M{path}"/>')
+        for sigma, value in rows:
+            (x, y), (low, high) = frame.at((sigma, value["mean"])).split(","), ends(value)
+            bottom, top = (frame.at((sigma, end)).split(",")[1] for end in (low, high))
+            tip = escape(f"σ {sigma:g}: {number(metric, value['mean'])}")
+            parts.append(f'<path class="bar {colour}" d="M{x},{bottom}V{top}"/>')
+            parts.append(f'<circle class="mark {colour}" cx="{x}" cy="{y}" r="4.5"><title>{tip}</title></circle>')
+    return frame.svg(parts, heading)
 
 
 def _measured(source: Source, metric: str) -> list[Point]:

@@ -36,8 +36,10 @@ def render(sources: Sequence[Source], images: int | None = None) -> str:
         lead=_lead(sources),
         sortable=[(name, text) for name, text in SORTABLE.items() if any(name in s.metrics for s in sources)],
         rows=tables.headline(sources),
+        distances=tables.distances(sources),
+        references=_references(sources),
         categories=[(source, tables.categories(source)) for source in sources],
-        curves=charts.curves(sources),
+        curves=charts.curves(sources) + charts.by_sigma(sources),
         picture=charts.reward_diversity(sources),
         facts=[(source, _facts(source)) for source in sources],
         made=time.strftime("%Y-%m-%d %H:%M"),
@@ -62,6 +64,12 @@ def _lead(sources: list[Source]) -> dict[str, Any]:
         "sizes": " and ".join(sizes),
         "trained": any(source.trained for source in sources),
     }
+
+
+def _references(sources: list[Source]) -> str:
+    """What the sets of images were compared with, and on which features."""
+    found = [source.summary["distances"] for source in sources if source.summary.get("distances")]
+    return " or ".join(dict.fromkeys(f"{one['reference']}, on features of {one['features']}" for one in found))
 
 
 def _facts(source: Source) -> list[tuple[str, str]]:

@@ -12,10 +12,22 @@ TITLES = {
     "accuracy": ("Accuracy", "share of images that show what the prompt asks for"),
     "clip_diversity": ("CLIP diversity", "1 − cosine within a prompt; also falls when wrong images vanish"),
     "free_diversity": ("Diversity of right images", "what the prompt leaves open; drawn by the world itself = 1"),
+    "vendi": ("Vendi score", "effective number of different images of a prompt, by CLIP"),
+    "dino_diversity": ("DINOv2 diversity", "1 − cosine within a prompt"),
+    "lpips_diversity": ("LPIPS diversity", "mean perceptual distance within a prompt"),
     "w2_drift": ("Drift", "mean of |v − v_ref|², how far the model moved"),
+    "velocity_norm_ratio": ("Velocity norm", "|v| / |v_ref|: above 1, pictures saturate"),
 }
-RISING = ("reward", "accuracy", "clip_diversity", "free_diversity")  # where more is better
-PERCENT = ("accuracy",)
+DISTANCES = {  # of sets of images
+    "cmmd": ("CMMD", "1000 × squared MMD of unit embeddings; 0 is alike"),
+    "fid": ("Fréchet distance", "of fitted Gaussians; 0 is alike, biased for few images"),
+    "kid": ("KID", "squared MMD, unbiased; 0 is alike"),
+    "precision": ("Precision", "share of images that look like the reference's"),
+    "recall": ("Recall", "share of the reference that images look like"),
+}
+# where more is better
+RISING = ("reward", "accuracy", "clip_diversity", "free_diversity", "vendi", "dino_diversity", "lpips_diversity")
+PERCENT = ("accuracy", "precision", "recall")
 
 
 def title(metric: str) -> str:
@@ -28,10 +40,59 @@ def headline(sources: list[Source]) -> list[dict[str, Any]]:
     rows = []
     for name in names:
         if any(name in source.metrics for source in sources):
-            note = " or ".join(dict.fromkeys(str(s.summary.get("reward", "")) for s in sources))
-            note = note if name == "reward" else TITLES.get(name, ("", ""))[1]
-            rows.append({"title": title(name), "note": note, "cells": [_cell(source, name) for source in sources]})
-    return rows
+            cells = [_cell(source, name) for source in sources]
+            rows.append({"title": title(name), "note": _note(name, sources), "cells": cells})
+    return rows + _scores(sources)
+
+
+def _note(metric: str, sources: list[Source]) -> str:
+    if metric == "reward":
+        return " or ".join(dict.fromkeys(str(source.summary.get("reward", "")) for source in sources))
+    text = TITLES.get(metric, ("", ""))[1]
+    if metric == "vendi":  # comparable at equal n only
+        having = [source for source in sources if source.samples and metric in source.metrics]
+        numbers = dict.fromkeys(str(source.samples["images_per_prompt"]) for source in having)
+        text += f"; n = {' or '.join(numbers)} images each" if numbers else ""
+    return text
+
+
+def _scores(sources: list[Source]) -> list[dict[str, Any]]:
+    """A row per part of a mixed reward, and per score that is only watched, with standard errors."""
+    found: dict[tuple[str, str], dict[int, dict[str, Any]]] = {}
+    for index, source in enumerate(sources):
+        parts, watched = (source.summary.get(kind) or {} for kind in ("rewards", "watch"))
+        rows = [("Part", name, row) for name, row in parts.items() if len(parts) > 1]
+        for kind, name, row in rows + [("Watched", name, row) for name, row in watched.items()]:
+            found.setdefault((kind, name), {})[index] = row
+    return [
+        {
+            "title": f"{kind}: {name}",
+            "note": next(iter(of.values()))["unit"],
+            "cells": [_of_score(of[index]) if index in of else None for index in range(len(sources))],
+        }
+        for (kind, name), of in found.items()
+    ]
+
+
+def _of_score(row: dict[str, Any]) -> dict[str, Any]:
+    side = {phase: row[phase] and {"score": row[phase]["mean"]} for phase in ("before", "after")}
+    return _from_summary({**side, "difference": {"score": row["difference"]}}, "score")
+
+
+def distances(sources: list[Source]) -> dict[str, Any]:
+    """{"columns": [(index of a source, "base" or "LoRA")], "rows": [{"title", "note", "cells"}]}."""
+    found = {
+        (index, name): values
+        for index, source in enumerate(sources)
+        for name, phase in (("base", "before"), ("LoRA", "after"))
+        if (values := (source.summary.get("distances") or {}).get(phase))
+    }
+    rows = [
+        {"title": heading, "note": note, "cells": [number(name, values.get(name)) for values in found.values()]}
+        for name, (heading, note) in DISTANCES.items()
+        if any(name in values for values in found.values())
+    ]
+    return {"columns": list(found), "rows": rows}
 
 
 def categories(source: Source) -> list[dict[str, Any]]:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from ..errors import UserError
 from ..prompts import Prompt
 from ._weights import find_file, linear_head, loading, read_state
 
@@ -41,32 +42,33 @@ class AestheticReward:
 
         from ._preprocess import Preprocessing
 
-        file = find_file(self.head, HEAD_FILE, "head")
-        head = linear_head(read_state(file), "layers", file)
+        head = load_head(self, HEAD_FILE, "layers")
         with loading("model", self.model):
             model = CLIPVisionModelWithProjection.from_pretrained(self.model, dtype="float32")
         size = model.config.image_size
-        check_width(head, model.config.projection_dim, self.head, self.model)
         steps = Preprocessing(size, crop=size)  # OpenAI's own transform
-        return AestheticScorer(
-            lambda pixels: model(pixel_values=pixels).image_embeds,
-            [model.to(device), head.to(device)],
-            steps,
-            self.model,
-            device,
-            self.batch_size,
-        )
+        embed = lambda pixels: model(pixel_values=pixels).image_embeds  # noqa: E731
+        return join(self, model, embed, model.config.projection_dim, head, steps, device)
 
 
-def check_width(head: Any, width: int, head_source: str, model: str) -> None:
-    """UserError where the head was trained on another encoder."""
-    from ..errors import UserError
+def load_head(reward: Any, name: str, prefix: str) -> Any:
+    """The linear layers `prefix` of the file `name` that `reward.head` means. It is small: what fails, fails early."""
+    file = find_file(reward.head, name, "head")
+    return linear_head(read_state(file), prefix, file)
 
+
+def join(
+    reward: Any, model: Any, embed: Any, width: int, head: Any, preprocess: Preprocessing, device: str | torch.device
+) -> AestheticScorer:
+    """An encoder, whose `embed` gives `width` numbers, and its head. UserError where they do not belong together."""
     if head[0].in_features != width:
         raise UserError(
-            f"reward.head {head_source} takes embeddings of {head[0].in_features} numbers, reward.model {model} gives "
-            f"{width}: take the head and the encoder that were published together (the defaults)"
+            f"reward.head {reward.head} takes embeddings of {head[0].in_features} numbers, reward.model "
+            f"{reward.model} gives {width}: take the head and the encoder that were published together (the defaults)"
         )
+    return AestheticScorer(
+        embed, [model.to(device), head.to(device)], preprocess, reward.model, device, reward.batch_size
+    )
 
 
 class AestheticScorer:

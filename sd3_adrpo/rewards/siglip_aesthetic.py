@@ -8,11 +8,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from ._weights import find_file, linear_head, loading, read_state
-from .aesthetic import AestheticScorer, check_width
+from ._weights import loading
+from .aesthetic import join, load_head
 
 if TYPE_CHECKING:
     import torch
+
+    from .aesthetic import AestheticScorer
 
 HEAD_FILE = "aesthetic_predictor_v2_5.pth"
 HEAD = "https://github.com/discus0434/aesthetic-predictor-v2-5/raw/main/models/aesthetic_predictor_v2_5.pth"
@@ -38,17 +40,9 @@ class SiglipAestheticReward:
 
         from ._preprocess import Preprocessing
 
-        file = find_file(self.head, HEAD_FILE, "head")
-        head = linear_head(read_state(file), "scoring_head", file)
+        head = load_head(self, HEAD_FILE, "scoring_head")
         with loading("model", self.model):
             model = SiglipVisionModel.from_pretrained(self.model, dtype="float32")
             steps = Preprocessing.of(AutoImageProcessor.from_pretrained(self.model))
-        check_width(head, model.config.hidden_size, self.head, self.model)
-        return AestheticScorer(
-            lambda pixels: model(pixel_values=pixels).pooler_output,
-            [model.to(device), head.to(device)],
-            steps,
-            self.model,
-            device,
-            self.batch_size,
-        )
+        embed = lambda pixels: model(pixel_values=pixels).pooler_output  # noqa: E731
+        return join(self, model, embed, model.config.hidden_size, head, steps, device)
