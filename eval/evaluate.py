@@ -1,13 +1,15 @@
 """Base and LoRA on the same prompts and noise: `python eval/evaluate.py --lora runs/.../lora`; --help lists options.
 
 Writes evaluation.json, before_after.png (grid.png without a LoRA) and every image under samples/. Options not given are
-those of the run that the LoRA lies in, if it does, else of the model's preset.
+those of the run that the LoRA lies in, if it does, else of the model's preset. Under torchrun the processes share the
+images.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import sys
 import time
@@ -111,10 +113,13 @@ def run(args: argparse.Namespace, config: Config) -> Path:
     files = optional.check_reference(args.reference_images) if args.reference_images else []
     if args.geneval_dir:
         check_geneval(prompts, args.geneval_dir)
-    print(
-        f"{len(prompts)} prompts of {description['file']} ({description['part']}), loading {config.model}", flush=True
-    )
+    if os.environ.get("RANK", "0") == "0":
+        print(
+            f"{len(prompts)} prompts of {description['file']} ({description['part']}), loading {config.model}",
+            flush=True,
+        )
     # what follows loads for seconds: what can be wrong before it has been checked
+    from accelerate import Accelerator
     from tqdm import tqdm
 
     from sd3_adrpo import evaluation
@@ -122,6 +127,7 @@ def run(args: argparse.Namespace, config: Config) -> Path:
     from sd3_adrpo.samples import save_samples
     from sd3_adrpo.scoring import Scoring
 
+    accelerator = Accelerator()  # it also chooses the process's device
     rollout, model = config.rollout, load_model(config)
     path = load_lora(model, args.lora) if args.lora else None
     policy = evaluation.LoadedLora(model) if path else None
@@ -130,12 +136,15 @@ def run(args: argparse.Namespace, config: Config) -> Path:
     model.drop_text_encoders()
 
     def progress(phase: str) -> evaluation.Progress:
-        bar = tqdm(desc=phase, unit="img", total=len(prompts) * config.eval.samples_per_prompt, dynamic_ncols=True)
+        total, quiet = len(prompts) * config.eval.samples_per_prompt, not accelerator.is_main_process
+        bar = tqdm(desc=phase, unit="img", total=total, disable=quiet, dynamic_ncols=True)
         return lambda done, total: (bar.update(done - bar.n), bar.close() if done == total else None)
 
     fixed = {"condition": condition, "negative": negative, "shift": rollout.shift, "progress": progress}
-    fixed |= {"embedder": embedder, "metrics": names, "dino": args.dino_model}
+    fixed |= {"embedder": embedder, "metrics": names, "dino": args.dino_model, "accelerator": accelerator}
     measured = evaluation.evaluate(policy, model, scorer, prompts, config.eval, rollout.height, rollout.width, **fixed)
+    if not accelerator.is_main_process:
+        return folder / RESULT
     summary = {
         "model": config.model,
         "lora": str(path) if path else None,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import torch
 from accelerate import Accelerator
@@ -15,6 +16,9 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 from .errors import UserError
+
+ALONE = SimpleNamespace(num_processes=1, process_index=0, is_main_process=True)  # for programs of one process
+AT_ONCE = 2**28  # bytes that one message brings to the device; the rows of all processes need not fit there
 
 
 def share(total: int, accelerator: Accelerator) -> slice:
@@ -31,7 +35,9 @@ def gather_rows(values: Tensor, total: int, accelerator: Accelerator) -> Tensor:
     longest = -(-total // processes)
     padded = values.new_zeros(longest, *values.shape[1:])
     padded[: len(values)] = values
-    together = accelerator.gather(padded.to(accelerator.device)).cpu().unflatten(0, (processes, longest))
+    rows = max(1, AT_ONCE // (processes * max(1, padded[:1].nbytes)))
+    gathered = [accelerator.gather(part.to(accelerator.device)).cpu() for part in padded.split(rows)]
+    together = torch.cat([part.unflatten(0, (processes, -1)) for part in gathered], dim=1)
     lengths = [(p + 1) * total // processes - p * total // processes for p in range(processes)]
     return torch.cat([part[:length] for part, length in zip(together, lengths, strict=True)])
 

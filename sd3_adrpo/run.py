@@ -27,6 +27,7 @@ from .config import Config, EvalConfig
 from .errors import UserError
 from .evaluation import Measurement, encode_prompts, load_embedder, measure
 from .models.sd3 import SD3
+from .parallel import any_process
 from .plan import Plan
 from .policy import Policy
 from .scoring import Scoring
@@ -93,7 +94,6 @@ class Run:
                 self._save()  # a reward that fails costs nothing that was done before it
                 self._say(f"saved; go on with --resume_from_checkpoint {self.folder}")
             raise
-        self.accelerator.end_training()
         return self._finish(before)
 
     def _load(self) -> None:
@@ -150,15 +150,18 @@ class Run:
                 reference=reference,
                 embedder=self.embedder,
                 progress=lambda done, _: bar.update(done - bar.n),
+                accelerator=self.accelerator,
             )
 
     def _before(self) -> Measurement:
         """The base on the test prompts, measured once per run."""
-        path = self.folder / "before.pt"
+        path, before = self.folder / "before.pt", None
         if self.resumed and path.exists():
             before = Measurement(**torch.load(path, weights_only=True))
-            if before.scores.keys() == self.scorer.scorers.keys():  # else another reward is optimised or watched now
-                return before
+            if before.scores.keys() != self.scorer.scorers.keys():  # another reward is optimised or watched now
+                before = None
+        if not any_process(before is None, self.accelerator):  # measuring takes all of them
+            return before
         with self.policy.reference():
             before = self._measure(None, "before")
         if self.main:
@@ -256,6 +259,7 @@ class Run:
             condition=self.test[0].select(chosen),
             negative=negative,
             shift=rollout.shift,
+            accelerator=self.accelerator,
         )
         if self.main:
             path = self.folder / "grids" / f"epoch-{self.trainer.epoch:04d}.png"
@@ -277,6 +281,7 @@ class Run:
         after = self._measure(self.policy, "after", before)
         if self._hacked(after) and self.config.alarm == "restore":
             after = self._measure(self.policy, "after restoring", before)
+        self.accelerator.end_training()  # nothing is left to do together
         summary = result.summarise(self, before, after)
         if self.main:
             result.write(self, before, after, summary)
