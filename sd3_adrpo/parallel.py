@@ -42,6 +42,21 @@ def gather_rows(values: Tensor, total: int, accelerator: Accelerator) -> Tensor:
     return torch.cat([part[:length] for part, length in zip(together, lengths, strict=True)])
 
 
+def sum_gradients(parameters: list[torch.nn.Parameter], accelerator: Accelerator) -> None:
+    """Over the processes, in messages of up to AT_ONCE bytes instead of DDP's buckets: a LoRA's is one message."""
+    if accelerator.num_processes == 1:
+        return
+    buckets: list[list[torch.nn.Parameter]] = [[]]
+    for parameter in parameters:
+        if sum(p.grad.nbytes for p in buckets[-1]) + parameter.grad.nbytes > AT_ONCE and buckets[-1]:
+            buckets.append([])
+        buckets[-1].append(parameter)
+    for bucket in filter(None, buckets):
+        flat = accelerator.reduce(torch.cat([p.grad.flatten() for p in bucket]), "sum")
+        for parameter, part in zip(bucket, flat.split([p.numel() for p in bucket]), strict=True):
+            parameter.grad.copy_(part.view_as(parameter))
+
+
 def any_process(flag: bool, accelerator: Accelerator) -> bool:
     """Whether `flag` is set on any process; the same answer on all."""
     if accelerator.num_processes == 1:

@@ -26,11 +26,13 @@ from .compiling import compile_blocks
 from .config import Config, EvalConfig
 from .errors import UserError
 from .evaluation import Measurement, encode_prompts, load_embedder, measure
+from .full import FullPolicy
 from .models.sd3 import SD3
 from .parallel import any_process
 from .plan import Plan
 from .policy import Policy
 from .scoring import Scoring
+from .sharding import asked_to_shard
 from .text_cache import default_folder
 from .trainer import Interrupted, Trainer
 from .watching import sampled_accuracy, sampled_diversity
@@ -115,7 +117,11 @@ class Run:
         if not torch.allclose(again.embeds[0].float(), condition.embeds[-1].float(), atol=1e-2, rtol=1e-2):
             raise UserError("the cached prompt embeddings differ from the text encoder's: nothing was trained")
         self.model.drop_text_encoders()
-        self.policy = Policy(self.model, config.lora, config.train.gradient_checkpointing)
+        sharded, checkpointing = asked_to_shard(self.accelerator.num_processes), config.train.gradient_checkpointing
+        if config.finetune == "full":
+            self.policy = FullPolicy(self.model, checkpointing, sharded)
+        else:
+            self.policy = Policy(self.model, config.lora, checkpointing, sharded)
         if config.compile:
             shape = self.model.latent_shape(rollout.height, rollout.width)
             compile_blocks(self.policy, condition, shape, rollout.batch_size)
@@ -134,7 +140,8 @@ class Run:
 
     def _measure(self, policy: Policy | None, name: str, reference: Measurement | None = None) -> Measurement:
         total = len(self.plan.test) * self.config.eval.samples_per_prompt
-        with tqdm(total=total, desc=name, unit="img", disable=not self.main, dynamic_ncols=True) as bar:
+        bar = tqdm(total=total, desc=name, unit="img", disable=not self.main, dynamic_ncols=True)
+        with bar, self.policy.gathered():
             rollout = self.config.rollout
             return measure(
                 policy,
@@ -248,19 +255,20 @@ class Run:
         prompts = [self.plan.test[i] for i in chosen]
         fields = vars(self.config.eval) | {"samples_per_prompt": GRID_IMAGES}
         rollout, negative = self.config.rollout, self.test[1].select(chosen) if self.test[1] is not None else None
-        shown = measure(
-            None,
-            self.model,
-            self.scorer,
-            prompts,
-            EvalConfig(**fields),
-            rollout.height,
-            rollout.width,
-            condition=self.test[0].select(chosen),
-            negative=negative,
-            shift=rollout.shift,
-            accelerator=self.accelerator,
-        )
+        with self.policy.gathered():
+            shown = measure(
+                None,
+                self.model,
+                self.scorer,
+                prompts,
+                EvalConfig(**fields),
+                rollout.height,
+                rollout.width,
+                condition=self.test[0].select(chosen),
+                negative=negative,
+                shift=rollout.shift,
+                accelerator=self.accelerator,
+            )
         if self.main:
             path = self.folder / "grids" / f"epoch-{self.trainer.epoch:04d}.png"
             figures.grid(shown.images, GRID_IMAGES, path, [prompt.text for prompt in prompts])
@@ -268,9 +276,10 @@ class Run:
     # saving
 
     def _save(self) -> None:
+        state = self.trainer.state_dict()
         if self.main:
             folder = self.folder / "checkpoints"
-            save_checkpoint(folder / f"epoch-{self.trainer.epoch:04d}", self.trainer.state_dict())
+            save_checkpoint(folder / f"epoch-{self.trainer.epoch:04d}", state)
             prune(folder, keep=2)
 
     def _start_trackers(self) -> None:
@@ -281,10 +290,11 @@ class Run:
         after = self._measure(self.policy, "after", before)
         if self._hacked(after) and self.config.alarm == "restore":
             after = self._measure(self.policy, "after restoring", before)
-        self.accelerator.end_training()  # nothing is left to do together
         summary = result.summarise(self, before, after)
-        if self.main:
-            result.write(self, before, after, summary)
+        with self.policy.gathered():
+            self.accelerator.end_training()  # nothing is left to do together
+            if self.main:
+                result.write(self, before, after, summary)
         return summary
 
     def seconds(self) -> float:
