@@ -56,6 +56,9 @@ class Run:
         tracker = None if config.report_to == "none" else config.report_to
         self.accelerator = Accelerator(log_with=tracker, project_dir=".")
         self.main = self.accelerator.is_main_process
+        self.sharded = asked_to_shard(self.accelerator.num_processes)
+        if self.sharded and config.compile:
+            raise UserError("compile is on, and the accelerate config asks for FSDP: one of the two only")
         self.folder = self._make_folder()
         self.accelerator.project_configuration.logging_dir = str(self.folder)
         self.alarm, self.hacked = Alarm(self.folder / "best.pt", config.alarm_stderrs), False
@@ -117,11 +120,9 @@ class Run:
         if not torch.allclose(again.embeds[0].float(), condition.embeds[-1].float(), atol=1e-2, rtol=1e-2):
             raise UserError("the cached prompt embeddings differ from the text encoder's: nothing was trained")
         self.model.drop_text_encoders()
-        sharded, checkpointing = asked_to_shard(self.accelerator.num_processes), config.train.gradient_checkpointing
-        if config.finetune == "full":
-            self.policy = FullPolicy(self.model, checkpointing, sharded)
-        else:
-            self.policy = Policy(self.model, config.lora, checkpointing, sharded)
+        options = config.train.gradient_checkpointing, self.sharded
+        full = config.finetune == "full"
+        self.policy = FullPolicy(self.model, *options) if full else Policy(self.model, config.lora, *options)
         if config.compile:
             shape = self.model.latent_shape(rollout.height, rollout.width)
             compile_blocks(self.policy, condition, shape, rollout.batch_size)

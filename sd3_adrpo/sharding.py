@@ -36,6 +36,7 @@ def asked_to_shard(processes: int) -> bool:
         raise UserError(f"fsdp_version is {os.environ.get('FSDP_VERSION', '1')}; only 2 is supported")
     if option["FSDP_OFFLOAD_PARAMS"] == "true":
         raise UserError("fsdp_offload_params is true; it is not supported: leave it out, or use more processes")
+    os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"  # transformers would load encoders on one process only
     return True
 
 
@@ -51,6 +52,7 @@ def shard(transformer: nn.Module, compute: torch.dtype, whole: Iterable[nn.Param
     fully_shard(transformer, **options)
     for module in _shards(transformer):
         module.set_gradient_divide_factor(1.0)  # a sum: the loss is divided by the samples of all processes
+        module.set_force_sum_reduction_for_comms(True)  # gloo has no scaled sum
 
 
 def _shards(module: nn.Module) -> list[FSDPModule]:
