@@ -113,7 +113,7 @@ def test_what_is_not_supported_is_said(environment, options, message):
 def test_the_shipped_configs_are_what_we_support(name):
     from accelerate.commands.config.config_args import load_config_from_file
 
-    config = load_config_from_file(ROOT / "docs" / "accelerate" / f"{name}.yaml")
+    config = load_config_from_file(str(ROOT / "docs" / "accelerate" / f"{name}.yaml"))
     assert config.distributed_type == "FSDP" and config.fsdp_config["fsdp_version"] == 2
     assert config.num_processes == 8 * config.num_machines and config.mixed_precision == "no"
     assert config.fsdp_config["fsdp_cpu_ram_efficient_loading"] is False
