@@ -1,13 +1,15 @@
 """Base and LoRA on the same prompts and noise: `python eval/evaluate.py --lora runs/.../lora`; --help lists options.
 
 Writes evaluation.json, before_after.png (grid.png without a LoRA) and every image under samples/. Options not given are
-those of the run that the LoRA lies in, if it does, else of the model's preset.
+those of the run that the LoRA lies in, if it does, else of the model's preset. Under torchrun the processes share the
+images.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import sys
 import time
@@ -127,16 +129,23 @@ def run(args: argparse.Namespace, config: Config) -> Path:
     """The whole evaluation; returns the path of its result."""
     task, started = check(args, config), time.monotonic()
     where = f"{task.description['file']} ({task.description['part']})"
-    print(f"{len(task.prompts)} prompts of {where}, loading {config.model}", flush=True)
-    from sd3_adrpo import evaluation  # from here on things load for seconds
+    if os.environ.get("RANK", "0") == "0":
+        print(f"{len(task.prompts)} prompts of {where}, loading {config.model}", flush=True)
+    from accelerate import Accelerator  # from here on things load for seconds
+
+    from sd3_adrpo import evaluation
     from sd3_adrpo.loading import load_lora, load_model
     from sd3_adrpo.scoring import Scoring
 
+    accelerator = Accelerator()  # it also chooses the process's device
     model = load_model(config)
     path = load_lora(model, args.lora) if args.lora else None
     scorer, embedder = Scoring.load(config, model.device), evaluation.load_embedder(config, model.device)
     policy = evaluation.LoadedLora(model) if path else None
-    measured = measure(task, config, policy, model, scorer, embedder=embedder, dino=args.dino_model)
+    extras = {"embedder": embedder, "dino": args.dino_model, "accelerator": accelerator}
+    measured = measure(task, config, policy, model, scorer, **extras)
+    if not accelerator.is_main_process:
+        return task.folder / RESULT
     summary = {
         "model": config.model,
         "lora": str(path) if path else None,
@@ -164,8 +173,8 @@ def measure(task: Task, config: Config, policy: Any, model: Any, scorer: Any, **
     model.drop_text_encoders()
 
     def progress(phase: str) -> evaluation.Progress:
-        total = len(task.prompts) * config.eval.samples_per_prompt
-        bar = tqdm(desc=phase, unit="img", total=total, dynamic_ncols=True)
+        total, quiet = len(task.prompts) * config.eval.samples_per_prompt, not options["accelerator"].is_main_process
+        bar = tqdm(desc=phase, unit="img", total=total, disable=quiet, dynamic_ncols=True)
         return lambda done, total: (bar.update(done - bar.n), bar.close() if done == total else None)
 
     rollout = config.rollout

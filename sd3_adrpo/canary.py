@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import torch
@@ -11,6 +12,7 @@ from .errors import UserError
 from .flow import seeded_noise
 from .objective import Objective
 from .policy import Policy
+from .sharding import joined
 from .types import Batch, Condition, Rollout
 
 
@@ -18,21 +20,25 @@ def check_learning(policy: Policy, objective: Objective, condition: Condition, s
     """Two updates with advantages +1 and -1 on noise, then everything restored.
 
     At initialisation lora_B is zero and v = v_ref, so lora_A and the penalty have exactly no gradient: lora_B must get
-    one from the first backward, lora_A and the penalty from the second. An update must change the policy's velocity and
-    leave the reference's. Raises UserError, which names what did not hold.
+    one from the first backward, lora_A and the penalty from the second; without a LoRA, all weights from both. An
+    update must change the policy's velocity and leave the reference's. Raises UserError, which names what did not hold.
     """
     parameters = policy.named_parameters()
     before = [parameter.detach().clone() for _, parameter in parameters]
     batch = _batch(policy, objective, condition, shape)
     fresh = all((parameter == 0).all() for name, parameter in parameters if "lora_B" in name)
     try:
-        _require(_gradient(policy, objective, batch, "lora_B") > 0, "no gradient reaches lora_B")
+        first, second = policy.gradients
+        _require(_gradient(policy, objective, batch, first) > 0, f"no gradient reaches {first or 'the weights'}")
         with torch.no_grad():
             old = policy.velocity(batch.noisy, batch.sigma, batch.condition)
-        optimizer = torch.optim.SGD(policy.parameters(), lr=1.0)
-        torch.nn.utils.clip_grad_norm_(policy.parameters(), 0.1)
-        optimizer.step()
-        _require(_gradient(policy, objective, batch, "lora_A") > 0, "no gradient reaches lora_A after an update")
+        norm = joined(torch.nn.utils.clip_grad_norm_(policy.parameters(), math.inf), True).item()
+        torch.optim.SGD(policy.parameters(), lr=policy.check_step / norm).step()
+        policy.updated()
+        _require(
+            _gradient(policy, objective, batch, second) > 0,
+            f"no gradient reaches {second or 'the weights'} after an update",
+        )
         with torch.no_grad():
             new = policy.velocity(batch.noisy, batch.sigma, batch.condition)
             with policy.reference():
@@ -45,6 +51,7 @@ def check_learning(policy: Policy, objective: Objective, condition: Condition, s
             for (_, parameter), value in zip(parameters, before, strict=True):
                 parameter.copy_(value)
                 parameter.grad = None
+        policy.updated()
 
 
 def _batch(policy: Policy, objective: Objective, condition: Condition, shape: tuple[int, ...]) -> Batch:
@@ -70,7 +77,7 @@ def _gradient(policy: Policy, objective: Objective, batch: Batch, part: str) -> 
         parameter.grad = None
     objective.loss(policy.velocity(batch.noisy, batch.sigma, batch.condition), batch)[0].backward()
     gradients = [p.grad for name, p in policy.named_parameters() if part in name and p.grad is not None]
-    return max((gradient.abs().max().item() for gradient in gradients), default=0.0)
+    return max((joined(gradient.abs().max(), True).item() for gradient in gradients), default=0.0)
 
 
 def _require(holds: bool, otherwise: str) -> None:

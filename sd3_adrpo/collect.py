@@ -57,6 +57,7 @@ class Collector:
         with failing_together(self.accelerator), ExitStack() as weights:
             if self.config.objective.sampled_by_old:
                 weights.enter_context(self.policy.old())
+            weights.enter_context(self.policy.gathered())
             if rollout.merge_lora and not self.config.objective.noise_level:  # a path's velocities are trained on as is
                 weights.enter_context(self.policy.merged())
             self._sample_mine(epoch, prompt[self.mine], progress, check_stop)

@@ -71,7 +71,7 @@ def epoch_flops(config: Config, model: ModelFiles) -> float:
     images = rollout.prompts_per_epoch * rollout.samples_per_prompt
     guided = 2 if rollout.guidance_scale != 1 else 1
     passes = rollout.num_inference_steps * CALLS_PER_STEP[rollout.solver] * guided
-    draw = 1 + 1 + BACKWARD + train.gradient_checkpointing
+    draw = 1 + 1 + (BACKWARD if config.finetune == "lora" else 2) + train.gradient_checkpointing
     passes += draw * train.sigmas_per_sample * train.inner_epochs
     one = forward_flops(model.config, tokens_of(config, model))
     return images * (passes * one + decoder_flops(model.vae_config, rollout.height, rollout.width))
@@ -93,16 +93,24 @@ class Memory:
 
 
 def memory(config: Config, model: ModelFiles, lora: int) -> Memory:
-    """Weights once per part; 16 bytes per LoRA weight: value, gradient and Adam's two moments in float32."""
+    """Weights once per part; 16 bytes per trained weight: value, gradient and Adam's two moments in float32.
+
+    `lora` counts the trained weights; with `finetune` full the transformer among the frozen ones is the reference.
+    """
     item = 4 if config.train.mixed_precision == "no" else 2
     counts = {name: count or 0 for name, count in model.parameters.items()}
     encoders = item * sum(count for name, count in counts.items() if name.startswith("text_encoder"))
     frozen = item * sum(counts.values()) - encoders
-    return Memory(frozen + encoders, frozen, 16 * lora, _sampling(config, model, item), _training(config, model, item))
+    each = 16 if config.finetune == "lora" or item == 4 else 18  # the transformer beside its masters: full.py
+    return Memory(
+        frozen + encoders, frozen, each * lora, _sampling(config, model, item), _training(config, model, item)
+    )
 
 
 def _adapted(config: Config, model: ModelFiles) -> list[tuple[str, tuple[int, int]]]:
     """Layers with adapters, each with (out, in)."""
+    if config.finetune == "full":
+        return []
     ends = tuple(f".{target}" for target in config.lora.target_modules)
     return [(name, size) for name, size in model.layers.items() if f".{name}".endswith(ends)]
 

@@ -26,6 +26,8 @@ class FlatRewards:
 
     def warn(self, scorer: Scoring, rollout: Rollout, advantage: Tensor) -> None:
         """`advantage` (B,) is what the rewards came to: it is 0 too where they differ between prompts only."""
+        if not rollout.scores:  # pairs of a file have none
+            return
         flat = [key for key in scorer.weights if _constant(rollout.scores[key])]
         for key in flat:
             effect = "nothing is learnt" if len(flat) == len(scorer.weights) else "it adds nothing to the others"

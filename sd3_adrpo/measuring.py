@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
 
@@ -14,6 +15,7 @@ from . import optional_metrics
 from .config import Config, EvalConfig
 from .metrics import DRIFT_SIGMAS, clip_diversity, compare_velocities, mean_and_stderr
 from .models.sd3 import SD3
+from .parallel import ALONE, failing_together, gather_rows, share
 from .policy import Policy
 from .prompts import Prompt
 from .rewards._images import quantise
@@ -110,6 +112,7 @@ def measure(
     metrics: Sequence[str] = (),
     dino: str = "facebook/dinov2-base",
     progress: Progress | None = None,
+    accelerator: Accelerator | None = None,
 ) -> Measurement:
     """Measures the model's weights as they are: drift is against `policy.reference()`, and 0 without a policy.
 
@@ -117,7 +120,8 @@ def measure(
     its prompt's text and its number, whatever else is in the file. `condition` (N rows) and `negative` spare the text
     encoders. A normalised reward is in the units of `reference`, the measurement that this one is compared with.
     Diversity is measured on the `embedder`'s features, without one on those of the reward where it has some. `metrics`
-    are optional ones of optional_metrics.py. UserError for a size that the model has not.
+    are optional ones of optional_metrics.py. The processes of an `accelerator` draw and score a share of the images
+    each and all return the whole, the same as one process's to rounding. UserError for a size that the model has not.
     """
     scoring = scorer if isinstance(scorer, Scoring) else Scoring({"reward": scorer})
     if condition is None:
@@ -126,7 +130,7 @@ def measure(
     field = {"condition": condition, "negative": negative, "sigmas": sigmas, "solver": solver}
     field["shape"] = model.latent_shape(height, width)
     images, embeddings, drift, ratio, scores = _draw(
-        policy, model, scoring, prompts, config, field, embedder, progress or (lambda done, total: None)
+        policy, model, scoring, prompts, config, field, embedder, progress or (lambda done, total: None), accelerator
     )
     number = config.samples_per_prompt
     index = torch.arange(len(prompts)).repeat_interleave(number)
@@ -160,6 +164,7 @@ def _draw(
     field: dict[str, Any],
     embedder: Any,
     progress: Progress,
+    accelerator: Accelerator | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Scores]:
     """uint8 images (B, 3, H, W), embeddings (B, E) (NaN without), drift and norm ratio (B, sigmas), scores by name."""
     repeated = [prompt for prompt in prompts for _ in range(config.samples_per_prompt)]
@@ -170,23 +175,27 @@ def _draw(
     ]
     batch, training, parts = config.batch_size, model.transformer.training, []
     options = {**field, "guidance_scale": config.guidance_scale, "batch_size": batch}
+    total = len(repeated)
+    processes = accelerator if accelerator is not None and accelerator.num_processes <= total else ALONE
+    mine = share(total, processes)
     model.transformer.eval()
-    for start in range(0, len(repeated), batch):
-        rows = slice(start, start + batch)
-        clean = sample(model, prompt_index=index[rows], seeds=seeds[rows], **options)
-        images = model.decode(clean, batch)
-        scores, embeddings = scoring.with_embeddings(images, repeated[rows], embedder)
-        drift = torch.zeros(len(clean), len(DRIFT_SIGMAS))
-        ratio = torch.ones_like(drift)
-        if policy is not None:
-            drift, ratio = compare_velocities(
-                policy, clean, field["condition"], index[rows], seeds[rows], batch_size=batch
-            )
-        embeddings = torch.full((len(clean), 1), float("nan")) if embeddings is None else embeddings.cpu()
-        parts.append((quantise(images).cpu(), embeddings, drift, ratio, *scores.values()))
-        progress(min(start + batch, len(repeated)), len(repeated))
+    with failing_together(processes):
+        for start in range(mine.start, mine.stop, batch):
+            rows = slice(start, min(start + batch, mine.stop))
+            clean = sample(model, prompt_index=index[rows], seeds=seeds[rows], **options)
+            images = model.decode(clean, batch)
+            scores, embeddings = scoring.with_embeddings(images, repeated[rows], embedder)
+            drift = torch.zeros(len(clean), len(DRIFT_SIGMAS))
+            ratio = torch.ones_like(drift)
+            if policy is not None:
+                where = clean, field["condition"], index[rows], seeds[rows]
+                drift, ratio = compare_velocities(policy, *where, batch_size=batch)
+            embeddings = torch.full((len(clean), 1), float("nan")) if embeddings is None else embeddings.cpu()
+            parts.append((quantise(images).cpu(), embeddings, drift, ratio, *scores.values()))
+            progress(round((rows.stop - mine.start) / (mine.stop - mine.start) * total), total)  # if all are as fast
     model.transformer.train(training)
-    images, embeddings, drift, ratio, *values = (torch.cat(part) for part in zip(*parts, strict=True))
+    columns = [gather_rows(torch.cat(part), total, processes) for part in zip(*parts, strict=True)]
+    images, embeddings, drift, ratio, *values = columns
     return images, embeddings, drift, ratio, dict(zip(scoring.scorers, values, strict=True))
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import torch
 from accelerate import Accelerator
@@ -15,6 +16,9 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 from .errors import UserError
+
+ALONE = SimpleNamespace(num_processes=1, process_index=0, is_main_process=True)  # for programs of one process
+AT_ONCE = 2**28  # bytes that one message brings to the device; the rows of all processes need not fit there
 
 
 def share(total: int, accelerator: Accelerator) -> slice:
@@ -31,9 +35,26 @@ def gather_rows(values: Tensor, total: int, accelerator: Accelerator) -> Tensor:
     longest = -(-total // processes)
     padded = values.new_zeros(longest, *values.shape[1:])
     padded[: len(values)] = values
-    together = accelerator.gather(padded.to(accelerator.device)).cpu().unflatten(0, (processes, longest))
+    rows = max(1, AT_ONCE // (processes * max(1, padded[:1].nbytes)))
+    gathered = [accelerator.gather(part.to(accelerator.device)).cpu() for part in padded.split(rows)]
+    together = torch.cat([part.unflatten(0, (processes, -1)) for part in gathered], dim=1)
     lengths = [(p + 1) * total // processes - p * total // processes for p in range(processes)]
     return torch.cat([part[:length] for part, length in zip(together, lengths, strict=True)])
+
+
+def sum_gradients(parameters: list[torch.nn.Parameter], accelerator: Accelerator) -> None:
+    """Over the processes, in messages of up to AT_ONCE bytes instead of DDP's buckets: a LoRA's is one message."""
+    if accelerator.num_processes == 1:
+        return
+    buckets: list[list[torch.nn.Parameter]] = [[]]
+    for parameter in parameters:
+        if sum(p.grad.nbytes for p in buckets[-1]) + parameter.grad.nbytes > AT_ONCE and buckets[-1]:
+            buckets.append([])
+        buckets[-1].append(parameter)
+    for bucket in filter(None, buckets):
+        flat = accelerator.reduce(torch.cat([p.grad.flatten() for p in bucket]), "sum")
+        for parameter, part in zip(bucket, flat.split([p.numel() for p in bucket]), strict=True):
+            parameter.grad.copy_(part.view_as(parameter))
 
 
 def any_process(flag: bool, accelerator: Accelerator) -> bool:

@@ -50,7 +50,7 @@ def check(config: Config) -> Plan:
     train, test, description = resolve_prompts(config)
     output = _output(config)
     model = inspect_model(config.model)
-    lora = model.lora_parameters(config.lora.target_modules, config.lora.rank)
+    lora, trained = _trained(config, model)
     lines = [
         ("prompts", _describe(description["train"])),
         ("test prompts", _describe(description["test"])),
@@ -58,7 +58,7 @@ def check(config: Config) -> Plan:
         ("reward", _check_reward(config.reward, train + test)),
         *([] if config.watch.name == "none" else [("watch", _check_reward(config.watch, train + test))]),
         ("objective", str(config.objective)),
-        ("LoRA", f"rank {config.lora.rank}, alpha {config.lora.alpha:g}" + (f", {lora:,} weights" if lora else "")),
+        trained,
         ("epoch", _work(config)),
         ("memory", _memory(config, model, lora)),
         ("time", _time(config, model)),
@@ -175,6 +175,20 @@ def _describe_model(model: ModelFiles) -> str:
     return f"{model.name} ({model.folder}), {_gb(model.stored_bytes)} on disk: {', '.join(parts)}"
 
 
+def _trained(config: Config, model: ModelFiles) -> tuple[int, tuple[str, str]]:
+    """Number of trained weights, 0 where it is not known, and a line about them."""
+    if config.finetune == "lora":
+        count = model.lora_parameters(config.lora.target_modules, config.lora.rank)
+        weights = f", {count:,} weights" if count else ""
+        return count, ("LoRA", f"rank {config.lora.rank}, alpha {config.lora.alpha:g}{weights}")
+    count = model.parameters.get("transformer") or 0
+    text = f"{count:,} weights of the transformer" if count else "all weights of the transformer"
+    return count, (
+        "full",
+        f"{text}, no LoRA: the lora options mean nothing; learning rate {config.train.learning_rate:g}",
+    )
+
+
 def _work(config: Config) -> str:
     rollout, train = config.rollout, config.train
     images = rollout.prompts_per_epoch * rollout.samples_per_prompt
@@ -197,9 +211,9 @@ def _memory(config: Config, model: ModelFiles, lora: int) -> str:
     need = memory(config, model, lora)
     name, total = installed_memory()
     return (
-        f"{_gb(need.encoding)} while prompts are encoded; {_gb(need.frozen)} frozen weights, {_gb(need.lora)} LoRA "
-        f"with optimiser, then {_gb(need.sampling)} to sample or {_gb(need.training)} of activations to train (rough "
-        f"figures), and the reward's model besides; {name} has {_gb(total)}"
+        f"{_gb(need.encoding)} while prompts are encoded; {_gb(need.frozen)} frozen weights, {_gb(need.lora)} "
+        f"trained weights with optimiser, then {_gb(need.sampling)} to sample or {_gb(need.training)} of activations "
+        f"to train (rough figures), and the reward's model besides; {name} has {_gb(total)}"
         + (
             ": THIS MAY NOT FIT; lower train.batch_size, or set train.gradient_checkpointing"
             if total and need.peak > total

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 import peft
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 
 from .config import LoraConfig
 from .errors import UserError
 from .lora_forward import speed_up
 from .merging import merged
 from .models.sd3 import SD3
+from .sharding import gathered, joined, like, shard
 from .types import Condition
 
 ADAPTER = "policy"
@@ -24,8 +26,12 @@ class Policy:
     """Velocities under the trained and under the frozen weights, without a second copy of the model."""
 
     _merged = False
+    gradients = ("lora_B", "lora_A")  # names of what must get one from the first backward, and from the second
+    check_step = 0.1  # length of the step that canary.py makes
 
-    def __init__(self, model: SD3, lora: LoraConfig, gradient_checkpointing: bool = False) -> None:
+    def __init__(
+        self, model: SD3, lora: LoraConfig, gradient_checkpointing: bool = False, sharded: bool = False
+    ) -> None:
         self.model = model
         transformer = model.transformer.requires_grad_(False).eval()  # SD3 has no dropout: eval only says so
         config = peft.LoraConfig(
@@ -43,6 +49,8 @@ class Policy:
         self._layers = [module for module in transformer.modules() if isinstance(module, BaseTunerLayer)]
         for layer in self._layers:
             speed_up(layer, ADAPTER)
+        if sharded:  # the frozen weights; the adapters are small
+            shard(transformer, model.dtype, self.parameters())
 
     def parameters(self) -> list[torch.nn.Parameter]:
         return [parameter for _, parameter in self.named_parameters()]
@@ -50,6 +58,17 @@ class Policy:
     def named_parameters(self) -> list[tuple[str, torch.nn.Parameter]]:
         named = self.model.transformer.named_parameters()
         return [(name, parameter) for name, parameter in named if f".{ADAPTER}." in name]
+
+    @property
+    def sharded(self) -> bool:
+        return isinstance(self.model.transformer, FSDPModule)
+
+    def gathered(self) -> AbstractContextManager:
+        """With sharded weights: all of them on every process, for sampling. Enter it last, and on all processes."""
+        return gathered(self.model.transformer)
+
+    def updated(self) -> None:
+        """To be called when the trained weights have changed."""
 
     def velocity(self, noisy: Tensor, sigma: Tensor, condition: Condition) -> Tensor:
         """v (B, C, h, w) of the policy, or of the reference within `reference()`."""
@@ -104,14 +123,19 @@ class Policy:
         finally:
             self._merged = False
 
-    def state_dict(self) -> dict[str, Tensor]:
-        return {name: parameter.detach() for name, parameter in self.named_parameters()}
+    def state_dict(self, keep: bool = True) -> dict[str, Tensor]:
+        """The trained weights. All processes must call it; of sharded ones only those that `keep` it get the values."""
+        return joined({name: parameter.detach() for name, parameter in self.named_parameters()}, keep)
 
-    def old_state(self) -> list[Tensor] | None:
-        return self._old
+    def old_state(self, keep: bool = True) -> list[Tensor] | None:
+        return joined(self._old, keep)
 
     def load_old_state(self, state: list[Tensor] | None) -> None:
-        self._old = None if state is None else [value.to(self.model.device) for value in state]
+        self._old = None
+        if state is not None:
+            self.update_old(0.0)  # where and how they lie
+            for old, value in zip(self._old, state, strict=True):
+                old.copy_(like(value, old))
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
@@ -119,12 +143,13 @@ class Policy:
         if named.keys() != state.keys():
             different = sorted(named.keys() ^ state.keys())
             raise UserError(
-                f"the checkpoint's LoRA has other layers ({len(different)} differ, e.g. {different[0]}): "
-                "resume with the run's own lora options"
+                f"the checkpoint has other trained weights ({len(different)} differ, e.g. {different[0]}): "
+                "resume with the run's own finetune and lora options"
             )
         for name, parameter in named.items():
             if parameter.shape != state[name].shape:
                 raise UserError(
                     f"{name} is {tuple(state[name].shape)} in the checkpoint, {tuple(parameter.shape)} here"
                 )
-            parameter.copy_(state[name])
+            parameter.copy_(like(state[name], parameter))
+        self.updated()

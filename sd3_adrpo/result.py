@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import figures
 from .evaluation import Evaluation, Measurement, compare
-from .export import model_card, save_lora, verify_lora
+from .export import model_card, save_lora, save_transformer, verify_lora, verify_transformer
 from .provenance import versions
 from .samples import save_samples
 
@@ -38,23 +38,28 @@ def write(run: Run, before: Measurement, after: Measurement, summary: dict[str, 
     """Everything that a finished run leaves; the measurement first, so that nothing after it can cost it."""
     folder, result = run.folder, run.folder / "summary.json"
     result.write_text(json.dumps(summary, indent=2) + "\n")
-    lora = save_lora(run.model.transformer, folder / "lora")
-    summary["lora_difference"] = verify_lora(folder / "lora", run.model, run.policy.velocity)
+    if run.config.finetune == "full":
+        weights = save_transformer(run.model.transformer, folder)
+        summary["transformer_difference"] = verify_transformer(weights, run.model, run.policy.velocity)
+    else:
+        weights = save_lora(run.model.transformer, folder / "lora")
+        summary["lora_difference"] = verify_lora(folder / "lora", run.model, run.policy.velocity)
     result.write_text(json.dumps(summary, indent=2) + "\n")
     evaluation = Evaluation(before, after)
     save_samples(evaluation, folder)
     picture = evaluation.save_picture(folder)
     figures.curves(folder / "metrics.jsonl", folder / "curves.png")
-    card = model_card(
-        summary,
-        base_model=run.config.model,
-        reward=summary["reward"],
-        prompts=str(run.plan.description["train"]),
-        sampling=_sampling(run),
-        t5=run.model.has_t5,
-    )
-    (folder / "lora" / "README.md").write_text(card)
-    _show(run, summary, lora, picture)
+    if run.config.finetune == "lora":
+        card = model_card(
+            summary,
+            base_model=run.config.model,
+            reward=summary["reward"],
+            prompts=str(run.plan.description["train"]),
+            sampling=_sampling(run),
+            t5=run.model.has_t5,
+        )
+        (folder / "lora" / "README.md").write_text(card)
+    _show(run, summary, weights, picture)
 
 
 def _sampling(run: Run) -> dict[str, Any]:
@@ -68,7 +73,7 @@ def _sampling(run: Run) -> dict[str, Any]:
     }
 
 
-def _show(run: Run, summary: dict[str, Any], lora: Path, picture: Path) -> None:
+def _show(run: Run, summary: dict[str, Any], weights: Path, picture: Path) -> None:
     print(f"\n{'':16}{'before':>10}{'after':>10}{'difference':>14}")
     for name, before in summary["before"].items():
         if before is not None and summary["after"][name] is not None:
@@ -78,9 +83,12 @@ def _show(run: Run, summary: dict[str, Any], lora: Path, picture: Path) -> None:
             label = f"{kind.removesuffix('s')} {name}"
             print(_row(label, row["before"]["mean"], row["after"]["mean"], row["difference"]), "", row["unit"])
     print(f"\nreward is {summary['reward']}; clip_diversity also falls when wrong images vanish")
-    print(f"LoRA: {lora}, reloaded into a stock pipeline: velocities equal to {summary['lora_difference']:.1e}")
+    kind, title = ("transformer", "transformer") if run.config.finetune == "full" else ("lora", "LoRA")
+    difference = summary[f"{kind}_difference"]
+    print(f"{title}: {weights}, reloaded into a stock pipeline: velocities equal to {difference:.1e}")
     print(f"look at {picture}")
-    print(f"next: python eval/report.py {run.folder}, or python -m sd3_adrpo.sample PROMPT --lora {run.folder} --strip")
+    sample = f", or python -m sd3_adrpo.sample PROMPT --lora {run.folder} --strip" if kind == "lora" else ""
+    print(f"next: python eval/report.py {run.folder}{sample}")
 
 
 def _row(name: str, before: float, after: float, paired: dict[str, float | None]) -> str:

@@ -28,11 +28,14 @@ from .compiling import compile_blocks
 from .config import Config, EvalConfig
 from .errors import UserError
 from .evaluation import Measurement, encode_prompts, load_embedder, measure
+from .full import FullPolicy
 from .models.sd3 import SD3
 from .pairs import PairCollector
+from .parallel import any_process
 from .plan import Plan
 from .policy import Policy
 from .scoring import Scoring
+from .sharding import asked_to_shard
 from .text_cache import default_folder
 from .trainer import Interrupted, Trainer
 from .types import DTYPES
@@ -56,6 +59,9 @@ class Run:
         tracker = None if config.report_to == "none" else config.report_to
         self.accelerator = Accelerator(log_with=tracker, project_dir=".")
         self.main = self.accelerator.is_main_process
+        self.sharded = asked_to_shard(self.accelerator.num_processes)
+        if self.sharded and config.compile:
+            raise UserError("compile is on, and the accelerate config asks for FSDP: one of the two only")
         self.folder = self._make_folder()
         self.accelerator.project_configuration.logging_dir = str(self.folder)
         self.alarm, self.hacked = Alarm(self.folder / "best.pt", config.alarm_stderrs), False
@@ -97,7 +103,6 @@ class Run:
                 self._save()  # a reward that fails costs nothing that was done before it
                 self._say(f"saved; go on with --resume_from_checkpoint {self.folder}")
             raise
-        self.accelerator.end_training()
         return self._finish(before)
 
     def _load(self) -> None:
@@ -119,7 +124,9 @@ class Run:
         if not torch.allclose(again.embeds[0].float(), condition.embeds[-1].float(), atol=1e-2, rtol=1e-2):
             raise UserError("the cached prompt embeddings differ from the text encoder's: nothing was trained")
         self.model.drop_text_encoders()
-        self.policy = Policy(self.model, config.lora, config.train.gradient_checkpointing)
+        options = config.train.gradient_checkpointing, self.sharded
+        full = config.finetune == "full"
+        self.policy = FullPolicy(self.model, *options) if full else Policy(self.model, config.lora, *options)
         if config.compile:
             shape = self.model.latent_shape(rollout.height, rollout.width)
             compile_blocks(self.policy, condition, shape, rollout.batch_size)
@@ -142,7 +149,8 @@ class Run:
 
     def _measure(self, policy: Policy | None, name: str, reference: Measurement | None = None) -> Measurement:
         total = len(self.plan.test) * self.config.eval.samples_per_prompt
-        with tqdm(total=total, desc=name, unit="img", disable=not self.main, dynamic_ncols=True) as bar:
+        bar = tqdm(total=total, desc=name, unit="img", disable=not self.main, dynamic_ncols=True)
+        with bar, self.policy.gathered():
             rollout = self.config.rollout
             return measure(
                 policy,
@@ -158,15 +166,18 @@ class Run:
                 reference=reference,
                 embedder=self.embedder,
                 progress=lambda done, _: bar.update(done - bar.n),
+                accelerator=self.accelerator,
             )
 
     def _before(self) -> Measurement:
         """The base on the test prompts, measured once per run."""
-        path = self.folder / "before.pt"
+        path, before = self.folder / "before.pt", None
         if self.resumed and path.exists():
             before = Measurement(**torch.load(path, weights_only=True))
-            if before.scores.keys() == self.scorer.scorers.keys():  # else another reward is optimised or watched now
-                return before
+            if before.scores.keys() != self.scorer.scorers.keys():  # another reward is optimised or watched now
+                before = None
+        if not any_process(before is None, self.accelerator):  # measuring takes all of them
+            return before
         with self.policy.reference():
             before, _ = self.base_cache(Measurement, lambda: self._measure(None, "before"))
         if self.main:
@@ -265,18 +276,20 @@ class Run:
         prompts = [self.plan.test[i] for i in chosen]
         fields = vars(self.config.eval) | {"samples_per_prompt": GRID_IMAGES}
         rollout, negative = self.config.rollout, self.test[1].select(chosen) if self.test[1] is not None else None
-        shown = measure(
-            None,
-            self.model,
-            self.scorer,
-            prompts,
-            EvalConfig(**fields),
-            rollout.height,
-            rollout.width,
-            condition=self.test[0].select(chosen),
-            negative=negative,
-            shift=rollout.shift,
-        )
+        with self.policy.gathered():
+            shown = measure(
+                None,
+                self.model,
+                self.scorer,
+                prompts,
+                EvalConfig(**fields),
+                rollout.height,
+                rollout.width,
+                condition=self.test[0].select(chosen),
+                negative=negative,
+                shift=rollout.shift,
+                accelerator=self.accelerator,
+            )
         if self.main:
             path = self.folder / "grids" / f"epoch-{self.trainer.epoch:04d}.png"
             figures.grid(shown.images, GRID_IMAGES, path, [prompt.text for prompt in prompts])
@@ -284,9 +297,10 @@ class Run:
     # saving
 
     def _save(self) -> None:
+        state = self.trainer.state_dict()
         if self.main:
             folder = self.folder / "checkpoints"
-            save_checkpoint(folder / f"epoch-{self.trainer.epoch:04d}", self.trainer.state_dict())
+            save_checkpoint(folder / f"epoch-{self.trainer.epoch:04d}", state)
             prune(folder, keep=2)
 
     def _start_trackers(self) -> None:
@@ -298,8 +312,10 @@ class Run:
         if self._hacked(after) and self.config.alarm == "restore":
             after = self._measure(self.policy, "after restoring", before)
         summary = result.summarise(self, before, after)
-        if self.main:
-            result.write(self, before, after, summary)
+        with self.policy.gathered():
+            self.accelerator.end_training()  # nothing is left to do together
+            if self.main:
+                result.write(self, before, after, summary)
         return summary
 
     def seconds(self) -> float:

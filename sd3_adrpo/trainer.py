@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from diffusers.optimization import get_scheduler
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from .advantages import Advantages
 from .base_cache import BaseCache
@@ -15,8 +16,9 @@ from .collect import Collector
 from .draws import Draws, fresh_noise, path_steps
 from .flat_rewards import FlatRewards
 from .objective import check_rollout
-from .parallel import any_process, share
+from .parallel import any_process, share, sum_gradients
 from .seeds import generator_for
+from .sharding import joined, like
 from .types import Rollout
 
 
@@ -147,7 +149,7 @@ class Trainer:
             if update < self.update:  # resumed in the middle of a pass
                 continue
             self._check_stop()
-            for part in place.split(-(-len(place) // train.gradient_accumulation_steps)):
+            for part in place.tensor_split(self._batches(len(rows))):
                 batch = self._batch(draws, part)
                 velocity = self.policy.velocity(batch.noisy, batch.sigma, batch.condition)
                 loss, metrics = self.objective.loss(velocity, batch)
@@ -158,6 +160,12 @@ class Trainer:
             done = self.inner * self.updates_per_pass + update + 1
             progress("training", done, train.inner_epochs * self.updates_per_pass)
         return logs
+
+    def _batches(self, units: int) -> int:
+        """Into which a process divides its part of an update: the same number on all, as sharded weights require."""
+        processes, steps = self.accelerator.num_processes, self.config.train.gradient_accumulation_steps
+        longest = -(-units // processes)
+        return min(-(-longest // -(-longest // steps)), units // processes)
 
     def order(self, count: int) -> Tensor:
         """The units (count,) in the order of the current pass."""
@@ -182,12 +190,12 @@ class Trainer:
         per_unit = draws.sigma.shape[1] * draws.units.shape[1]
         weights = {"reference": self.policy.reference, "old": self.policy.old}
         parts: dict[str, list[Tensor]] = {name: [] for name in self.objective.needs}
-        for rows in torch.arange(len(draws)).split(max(1, self.config.rollout.batch_size // per_unit)):
-            batch = self._batch(draws, rows)
-            for name in parts:
-                with weights[name]():
+        for name, values in parts.items():
+            with weights[name](), self.policy.gathered():
+                for rows in torch.arange(len(draws)).split(max(1, self.config.rollout.batch_size // per_unit)):
+                    batch = self._batch(draws, rows)
                     v = self.policy.velocity(batch.noisy, batch.sigma, batch.condition)
-                parts[name].append(v.to(self.model.dtype).unflatten(0, (len(rows), -1)).cpu())
+                    values.append(v.to(self.model.dtype).unflatten(0, (len(rows), -1)).cpu())
         shape = (len(draws), draws.sigma.shape[1], draws.units.shape[1], *self.shape)
         draws.frozen = {name: torch.cat(values).view(shape) for name, values in parts.items()}
 
@@ -197,17 +205,15 @@ class Trainer:
     def _step(self) -> Tensor:
         """One optimiser step on the summed gradient of all processes, clipped; returns its norm before clipping."""
         parameters = [p for p in self.policy.parameters() if p.grad is not None]
-        if self.accelerator.num_processes > 1:  # a LoRA's gradient is small: one message instead of DDP's buckets
-            flat = self.accelerator.reduce(torch.cat([p.grad.flatten() for p in parameters]), "sum")
-            for parameter, part in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
-                parameter.grad = part.view_as(parameter)
+        sum_gradients([p for p in parameters if not isinstance(p, DTensor)], self.accelerator)  # FSDP summed the others
         self.scaler.unscale_(self.optimizer)  # after the sum, in which one process's overflow reaches all
         norm = torch.nn.utils.clip_grad_norm_(parameters, self.config.train.max_grad_norm)
         self.scaler.step(self.optimizer)
+        self.policy.updated()
         self.scaler.update()
         self.scheduler.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return norm.detach()
+        return norm.full_tensor() if isinstance(norm, DTensor) else norm.detach()
 
     def _check_stop(self) -> None:
         """Where the state is whole, and all processes come by: they stop together."""
@@ -217,6 +223,8 @@ class Trainer:
     # state
 
     def state_dict(self) -> dict[str, Any]:
+        """All processes must call it; with sharded weights only the main one gets them."""
+        keep = self.accelerator.is_main_process
         whole = self.accelerator.num_processes == 1  # else a process has only its own images, which are for looking
         rollout = None
         if self.rollout is not None:
@@ -224,9 +232,9 @@ class Trainer:
             rollout["images"] = self.rollout.images if whole else None
         return {
             "progress": {"epoch": self.epoch, "inner": self.inner, "update": self.update},
-            "lora": self.policy.state_dict(),
-            "old": self.policy.old_state(),
-            "optimizer": self.optimizer.state_dict(),
+            "lora": self.policy.state_dict(keep),
+            "old": self.policy.old_state(keep),
+            "optimizer": joined(self.optimizer.state_dict(), keep),
             "scheduler": self.scheduler.state_dict(),
             "scaler": self.scaler.state_dict(),
             "advantages": self.advantages.state_dict(),
@@ -237,6 +245,8 @@ class Trainer:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.policy.load_state_dict(state["lora"])
         self.policy.load_old_state(state["old"])
+        for parameter, moments in zip(self.policy.parameters(), state["optimizer"]["state"].values(), strict=False):
+            moments.update({name: like(value, parameter) for name, value in moments.items()})
         for name in ("optimizer", "scheduler", "scaler", "advantages"):
             getattr(self, name).load_state_dict(state[name])
         self.epoch, self.inner, self.update = (state["progress"][name] for name in ("epoch", "inner", "update"))

@@ -22,7 +22,7 @@ from sd3_adrpo.trainer import Trainer
 # 18 images: 4 processes sample 4, 5, 4 and 5 of them, and share updates of 9
 SMALL = """--rollout.prompts_per_epoch 3 --rollout.samples_per_prompt 6 --rollout.num_inference_steps 2
     --rollout.batch_size 8 --train.gradient_accumulation_steps 1 --train.inner_epochs 1 --train.sigmas_per_sample 2
-    --train.learning_rate 1e-3 --eval.samples_per_prompt 1 --eval.num_inference_steps 1 --checkpointing_epochs 1
+    --train.learning_rate 1e-3 --eval.samples_per_prompt 2 --eval.num_inference_steps 1 --checkpointing_epochs 1
     --validation_epochs 9 --epochs 2 --report_to none --lora.rank 2 --lora.alpha 2""".split()
 GLOBAL_BATCH = 12
 

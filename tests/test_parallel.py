@@ -1,6 +1,7 @@
 """1, 2 and 4 processes on the CPU: the same images, advantages and updates, and the same end."""
 
 import ast
+import json
 import re
 import subprocess
 import sys
@@ -64,6 +65,21 @@ def test_processes_train_on_the_same_samples(runs, processes):
         torch.testing.assert_close(other["clean"], one["clean"], atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(other["rewards"], one["rewards"], atol=0.05, rtol=0)  # a grey level is worth so much
         torch.testing.assert_close(other["advantage"], one["advantage"], atol=0.01, rtol=0)
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_processes_share_a_measurement(runs, processes):
+    """Six images, of which 4 processes draw 1, 2, 1 and 2: every value in its own row."""
+    folder, _ = runs
+    one, other = (torch.load(folder / f"on{n}" / "before.pt", weights_only=True) for n in (1, processes))
+    assert one["prompt"].tolist() == other["prompt"].tolist() == [0, 0, 1, 1, 2, 2]
+    assert (one["images"].int() - other["images"].int()).abs().max() <= 1  # a grey level, where rounding tips it
+    assert one["reward"].unique().numel() == 6 and one["scores"].keys() == other["scores"].keys()
+    torch.testing.assert_close(other["reward"], one["reward"], atol=0.05, rtol=0)
+    torch.testing.assert_close(other["clip_diversity"], one["clip_diversity"], atol=1e-3, rtol=0)
+    torch.testing.assert_close(other["accuracy"], one["accuracy"], equal_nan=True)
+    first, second = (json.loads((folder / f"on{n}" / "summary.json").read_text())["after"] for n in (1, processes))
+    assert first["w2_drift"] == pytest.approx(second["w2_drift"], rel=1e-3) and first["w2_drift"] > 0
 
 
 def _lora(folder: Path) -> dict[str, torch.Tensor]:

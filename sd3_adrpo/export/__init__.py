@@ -10,6 +10,7 @@ _HOMES = {
     "card": "METRICS model_card",
     "comfyui": "save_comfyui to_comfyui",
     "merge": "merge_lora",
+    "transformer": "save_transformer verify_transformer",
     "hub": "push_lora",
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names.split()}

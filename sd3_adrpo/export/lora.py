@@ -86,7 +86,8 @@ def stock_pipeline(model: SD3) -> StableDiffusion3Pipeline:
         transformer = SD3Transformer2DModel.from_config(model.transformer.config)
     state = {
         key.replace(".base_layer.", "."): value
-        for key, value in model.transformer.state_dict().items()
+        for named in (model.transformer.named_parameters(), model.transformer.named_buffers())
+        for key, value in named  # not state_dict(), which puts gathered weights back into their shards
         if ".lora_" not in key
     }
     transformer.load_state_dict(state, assign=True)  # the same storage; strict, so nothing stays empty
