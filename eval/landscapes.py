@@ -27,9 +27,11 @@ SHOWN = 5  # moments of training that are drawn
 
 
 def objective(text: str) -> Objective:
-    """`adrpo` or `adrpo:beta0=0.3:penalty=fixed`."""
-    name, *options = text.split(":")
-    config = cli.parse([f"--objective={name}", *(f"--objective.{option}" for option in options)])
+    """`adrpo` or `adrpo beta0=0.3 penalty=fixed`; what is not given is as for SD3.5, not as tuned for drawn shapes."""
+    name, *options = text.split()
+    config = cli.parse(
+        ["--config=sd3.5-medium", f"--objective={name}", *(f"--objective.{option}" for option in options)]
+    )
     importlib.import_module(f"sd3_adrpo.objectives.{name}")
     return config.objective
 
@@ -96,7 +98,9 @@ def record(trace: Trace) -> dict[str, Any]:
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(prog="landscapes.py", description=__doc__, allow_abbrev=False)
-    parser.add_argument("--objectives", default=",".join(cli.available("objective")), help="NAME or NAME:KEY=VALUE:...")
+    parser.add_argument(
+        "--objectives", default=",".join(cli.available("objective")), help="'NAME KEY=VALUE ...' with commas"
+    )
     parser.add_argument("--landscapes", default=",".join(LANDSCAPES), help="names with commas")
     parser.add_argument("--seeds", default="0,1,2", help="numbers with commas")
     parser.add_argument("--epochs", type=int, default=30)

@@ -42,7 +42,7 @@ def test_base_draws_a_normal_distribution(base):
 
 @pytest.mark.parametrize("name", [name for name in cli.available("objective")])
 def test_objectives_climb_a_hill(base, name):
-    objective = cli.parse([f"--objective={name}"]).objective
+    objective = cli.parse(["--config=sd3.5-medium", f"--objective={name}"]).objective
     trace = Run(objective, "unimodal", base, 0)(epochs=6)
     assert trace.reward[-1] > trace.reward[0] + 0.015, trace.reward
     assert trace.drift[-1] > 0
