@@ -143,8 +143,8 @@ def _print(result: dict[str, Any]) -> None:
     print(f"\nan epoch of {epoch_of['images']} images: {epoch_of['seconds']:.3g} s")
     for name, value in epoch_of["breakdown"].items():
         print(f"  {name:34}{value:12.3g} s{value / epoch_of['seconds']:8.1%}")
-    for name, value in epoch_of["slower_without"].items():
-        print(f"  {'x seconds, without ' + name:64}{value:.3f}")
+    for name, value in epoch_of["relative_seconds"].items():
+        print(f"  {'x seconds, ' + name:64}{value:.3f}")
     for name, value in epoch_of["peak_memory_bytes"].items():
         print(f"  {'peak memory, ' + name:34}{value / 1e9:11.2f} GB")
 

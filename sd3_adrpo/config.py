@@ -40,7 +40,8 @@ class TrainConfig:
     batch_size: int = 16  # samples per forward pass, each with `sigmas_per_sample` noise draws
     gradient_accumulation_steps: int = 4  # batches per update
     sigmas_per_sample: int = 3  # noise draws per sample and inner epoch, folded into the batch; not in the paper
-    inner_epochs: int = 1  # passes over the epoch's samples, each with fresh noise; not in the paper
+    inner_epochs: int = 1  # passes over the epoch's samples; not in the paper
+    reuse_noise: bool = False  # all passes of an epoch at the same noise: its frozen velocities are computed only once
     sigma_shift: float = 3.0  # training sigmas: stratified uniform, then shifted as SD3's grid; not in the paper
     sigma_max: float = 1.0  # no training sigma lies above; there may be no signal there (docs/tuning.md)
     learning_rate: float = 3e-4  # of AdamW, after the warm-up

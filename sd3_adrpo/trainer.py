@@ -67,6 +67,7 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(enabled=train.mixed_precision == "fp16" and model.device.type == "cuda")
         self.epoch = self.inner = self.update = 0
         self.rollout: Rollout | None = None
+        self.draws: Draws | None = None  # of the current pass, with `train.reuse_noise` of the epoch
         self.advantage = torch.zeros(0)
         self.weighing: dict[str, float] = {}  # the epoch's metrics of the advantages
         self.stopped = False
@@ -136,21 +137,25 @@ class Trainer:
     # advantages -> loss -> LoRA
 
     def _update_pass(self, progress: Any) -> list[dict[str, Tensor]]:
-        """One pass over the samples, with fresh noise: frozen velocities first, in large batches, then the updates."""
+        """One pass over the samples: frozen velocities first, in large batches, then the updates.
+
+        With `train.reuse_noise` a pass repeats the first one's updates: same samples, noise and frozen velocities.
+        """
         train = self.config.train
         units = self.objective.units(self.advantage, self.config.rollout.samples_per_prompt)
         updates = self.order(len(units)).tensor_split(self.updates_per_pass)  # the same for any number of processes
         shares = [rows[share(len(rows), self.accelerator)] for rows in updates]
-        draws = self._draw(units[torch.cat(shares)])  # this process's, in the order in which it trains on them
-        self._freeze(draws)
-        places = torch.arange(len(draws)).split([len(rows) for rows in shares])
+        if self.draws is None:
+            self.draws = self._draw(units[torch.cat(shares)])  # this process's, in the order in which it trains on them
+            self._freeze(self.draws)
+        places = torch.arange(len(self.draws)).split([len(rows) for rows in shares])
         logs = []
         for update, (rows, place) in enumerate(zip(updates, places, strict=True)):
             if update < self.update:  # resumed in the middle of a pass
                 continue
             self._check_stop()
             for part in place.split(-(-len(place) // train.gradient_accumulation_steps)):
-                batch = self._batch(draws, part)
+                batch = self._batch(self.draws, part)
                 velocity = self.policy.velocity(batch.noisy, batch.sigma, batch.condition)
                 loss, metrics = self.objective.loss(velocity, batch)
                 self.scaler.scale(loss * len(part) / len(rows)).backward()
@@ -159,14 +164,22 @@ class Trainer:
             self.update = update + 1
             done = self.inner * self.updates_per_pass + update + 1
             progress("training", done, train.inner_epochs * self.updates_per_pass)
+        if not train.reuse_noise or self.inner + 1 == train.inner_epochs:
+            self.draws = None
         return logs
+
+    @property
+    def _names(self) -> tuple[int, int, int]:
+        """Of what is drawn for the current pass: run, epoch, and the pass that drew it first."""
+        return self.config.seed, self.epoch, 0 if self.config.train.reuse_noise else self.inner
 
     def order(self, count: int) -> Tensor:
         """The units (count,) in the order of the current pass."""
-        return torch.randperm(count, generator=generator_for(self.config.seed, "order", self.epoch, self.inner))
+        seed, *names = self._names
+        return torch.randperm(count, generator=generator_for(seed, "order", *names))
 
     def _draw(self, units: Tensor) -> Draws:
-        train, names = self.config.train, (self.config.seed, self.epoch, self.inner)
+        train, names = self.config.train, self._names
         if self.objective.noise_level:
             return path_steps(units, self.collector.sigmas, train.sigmas_per_sample, names)
         count, shift = train.sigmas_per_sample, train.sigma_shift
@@ -236,6 +249,7 @@ class Trainer:
         for name in ("optimizer", "scheduler", "scaler", "advantages"):
             getattr(self, name).load_state_dict(state[name])
         self.epoch, self.inner, self.update = (state["progress"][name] for name in ("epoch", "inner", "update"))
+        self.rollout = self.draws = None
         if state["rollout"] is not None:
             saved = dict(state["rollout"])
             self.advantage, self.weighing = saved.pop("advantage"), saved.pop("weighing")

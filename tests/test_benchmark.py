@@ -63,6 +63,7 @@ def test_comparison_warms_up_and_takes_the_median(monkeypatch):
 def result(tmp_path_factory) -> dict:
     folder = tmp_path_factory.mktemp("benchmark")
     arguments = "--shape tiny --batch_size 4 --num_inference_steps 2 --repeats 1 --train.gradient_accumulation_steps 1"
+    arguments += " --train.inner_epochs 2"
     assert benchmark.main([*arguments.split(), "--lora.rank", "2", "--output_dir", str(folder)]) == 0
     return json.loads((folder / "benchmark.json").read_text())
 
@@ -82,6 +83,7 @@ def test_breakdown_adds_up(result):
         epoch["breakdown"]
     )
     assert all(value >= 0 for value in epoch["breakdown"].values())
+    assert {"without merged LoRA", "with one noise for all inner epochs"} <= set(epoch["relative_seconds"])
     assert epoch["peak_memory_bytes"]["training"] > 1e7
 
 
