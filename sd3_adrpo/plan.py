@@ -24,7 +24,7 @@ POSITIVE = {
     "": "epochs checkpointing_epochs validation_epochs",
     "rollout": "prompts_per_epoch samples_per_prompt num_inference_steps batch_size decode_batch_size height width "
     "max_sequence_length",
-    "train": "batch_size gradient_accumulation_steps sigmas_per_sample inner_epochs sigma_shift "
+    "train": "batch_size gradient_accumulation_steps sigmas_per_sample inner_epochs sigma_shift guidance_scale "
     "learning_rate max_grad_norm",
     "lora": "rank alpha",
     "eval": "samples_per_prompt num_inference_steps batch_size",

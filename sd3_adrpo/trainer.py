@@ -16,9 +16,11 @@ from .config import Config
 from .draws import Draws, fresh_noise, path_steps
 from .models.sd3 import SD3
 from .objective import check_rollout
+from .optimizers import make_optimizer
 from .parallel import any_process, share
 from .policy import Policy
 from .prompts import Prompt
+from .rollout import training_velocity
 from .scoring import Scoring
 from .seeds import generator_for
 from .types import Condition, Rollout
@@ -47,19 +49,13 @@ class Trainer:
         negative: Condition | None = None,
     ) -> None:
         self.config, self.accelerator, self.model, self.policy, self.scorer = config, accelerator, model, policy, scorer
-        self.prompts, self.condition, self.objective = prompts, condition, config.objective
+        self.prompts, self.condition, self.negative, self.objective = prompts, condition, negative, config.objective
         self.collector = Collector(config, accelerator, model, policy, scorer, prompts, condition, negative)
         self.shape, self.samples, self.mine = (getattr(self.collector, name) for name in ("shape", "samples", "mine"))
         check_rollout(config, accelerator.num_processes)
         train = config.train
         self.advantages = Advantages(self.objective.advantage, condition.pooled)
-        self.optimizer = torch.optim.AdamW(
-            policy.parameters(),
-            lr=train.learning_rate,
-            betas=(train.adam_beta1, train.adam_beta2),
-            weight_decay=train.adam_weight_decay,
-            eps=train.adam_epsilon,
-        )
+        self.optimizer = make_optimizer(policy.parameters(), train)
         total = config.epochs * train.inner_epochs * self.updates_per_pass
         self.scheduler = get_scheduler(
             train.lr_scheduler, self.optimizer, num_warmup_steps=train.lr_warmup_steps, num_training_steps=total
@@ -130,7 +126,7 @@ class Trainer:
             **self.scorer.means(rollout.scores),
             "reward_std": rewards.std(correction=0).item(),
             "reward_std_within_prompt": (rewards - mean[group]).square().mean().sqrt().item(),
-            "learning_rate": self.scheduler.get_last_lr()[0],
+            "learning_rate": float(self.scheduler.get_last_lr()[0]),
             **self.weighing,
         }
 
@@ -156,7 +152,7 @@ class Trainer:
             self._check_stop()
             for part in place.split(-(-len(place) // train.gradient_accumulation_steps)):
                 batch = self._batch(self.draws, part)
-                velocity = self.policy.velocity(batch.noisy, batch.sigma, batch.condition)
+                velocity = training_velocity(self.policy.velocity, batch, train.guidance_scale)
                 loss, metrics = self.objective.loss(velocity, batch)
                 self.scaler.scale(loss * len(part) / len(rows)).backward()
             metrics["grad_norm"] = self._step()
@@ -195,13 +191,14 @@ class Trainer:
             batch = self._batch(draws, rows)
             for name in parts:
                 with weights[name]():
-                    v = self.policy.velocity(batch.noisy, batch.sigma, batch.condition)
+                    v = training_velocity(self.policy.velocity, batch, self.config.train.guidance_scale)
                 parts[name].append(v.to(self.model.dtype).unflatten(0, (len(rows), -1)).cpu())
         shape = (len(draws), draws.sigma.shape[1], draws.units.shape[1], *self.shape)
         draws.frozen = {name: torch.cat(values).view(shape) for name, values in parts.items()}
 
     def _batch(self, draws: Draws, rows: Tensor):
-        return draws.batch(rows, self.rollout, self.advantage, self.condition, self.model.device)
+        negative = self.negative if self.config.train.guidance_scale != 1 else None
+        return draws.batch(rows, self.rollout, self.advantage, self.condition, self.model.device, negative)
 
     def _step(self) -> Tensor:
         """One optimiser step on the summed gradient of all processes, clipped; returns its norm before clipping."""

@@ -4,24 +4,16 @@ import copy
 
 import pytest
 import torch
-from test_training import SMALL
+from small import small_trainer
 
-from sd3_adrpo import cli, plan
 from sd3_adrpo.policy import Policy
-from sd3_adrpo.run import Run
 from sd3_adrpo.trainer import Interrupted, Trainer
 
 
 @pytest.fixture(scope="module")
 def trainer(tmp_path_factory) -> Trainer:
-    """Of 16 samples x 2 draws, 2 passes of 2 updates of 2 batches of 4; the penalty's reference is the base."""
-    folder = tmp_path_factory.mktemp("reuse")
-    (folder / "prompts.txt").write_text("a red circle\ntwo blue squares\na green heart\nan orange diamond\n")
-    options = ["--prompts", str(folder / "prompts.txt"), "--output_dir", str(folder / "run")]
-    config = cli.parse([*SMALL, *options, "--objective.refresh_epochs", "0"])
-    run = Run(config, plan.check(config))
-    run._load()
-    return run.trainer
+    """The penalty's reference is the base."""
+    return small_trainer(tmp_path_factory.mktemp("reuse"), "--objective.refresh_epochs", "0")
 
 
 @pytest.fixture
