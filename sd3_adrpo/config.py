@@ -30,6 +30,7 @@ class RolloutConfig:
     width: int = 512  # pixels, likewise
     max_sequence_length: int = 128  # T5 tokens; policy, reference and evaluation all use it
     shift: float | None = None  # of the sigma grid; None: the model's own
+    overlap_scoring: bool = True  # score a batch while the next is sampled: the same scores, earlier (overlap.py)
     merge_lora: bool = True  # sample with the LoRA inside the weights: faster, the same but for rounding (merging.py)
 
 
