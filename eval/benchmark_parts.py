@@ -154,6 +154,7 @@ def _without(config: Config) -> dict[str, tuple[str, str, Any]]:
         "merged LoRA": ("rollout", "merge_lora", False),
         "decoding in chunks": ("rollout", "decode_batch_size", config.rollout.batch_size),
         "batches larger than the training micro-batch": ("rollout", "batch_size", config.train.batch_size),
+        "scoring beside sampling": ("rollout", "overlap_scoring", False),
     }
 
 
@@ -187,6 +188,8 @@ def epoch(made: Setup, clock: Clock, repeats: int) -> dict[str, Any]:
         trainer.rollout, trainer.epoch, trainer.inner, trainer.update = None, 0, 0, 0
         trainer.run_epoch(lambda *_: None)
 
+    one_by_one = _changed(made.config, run, "rollout", "overlap_scoring", False)  # else times of two threads mix
+
     def watched() -> None:
         watches.append(Breakdown(clock))
         with watches[-1].watching(
@@ -201,7 +204,7 @@ def epoch(made: Setup, clock: Clock, repeats: int) -> dict[str, Any]:
             (trainer.model, "decode", "decoder"),
             (trainer.scorer, "_score", "reward"),
         ):
-            run()
+            one_by_one()
 
     changes = {"without": _without(made.config), "with": _with(made.config)}
     actions = {
