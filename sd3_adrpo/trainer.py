@@ -111,6 +111,7 @@ class Trainer:
     # prompts -> latents -> images -> rewards -> advantages
 
     def _sample(self, progress: Any) -> None:
+        self.last_images = None  # those of the epoch before: only one epoch's are kept
         self.rollout = self.collector(self.epoch, progress, self._check_stop)
         advantage = self.advantages(self.rollout.rewards, self.rollout.prompt)
         self.advantage, self.weighing = self.objective.weigh(advantage)
