@@ -126,11 +126,13 @@ def _sampling(config: Config, model: ModelFiles, item: int) -> int:
 
 
 def _training(config: Config, model: ModelFiles, item: int) -> int:
-    """What a backward pass keeps, in bytes. With checkpointing: one value per block, and one block's own at a time."""
+    """What a backward pass keeps, in bytes, and as many gradients at a time as one block keeps values.
+
+    With checkpointing: one value per block, and one block's own at a time.
+    """
     train, tokens, layers = config.train, tokens_of(config, model), model.config.get("num_layers", 24)
-    values = _kept(config, model, item)
-    if train.gradient_checkpointing:
-        values = values / layers + layers * tokens.all
+    kept = _kept(config, model, item)
+    values = kept / layers + (kept / layers + layers * tokens.all if train.gradient_checkpointing else kept)
     return int(train.batch_size * train.sigmas_per_sample * values * width_of(model.config) * item)
 
 
