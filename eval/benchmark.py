@@ -6,6 +6,7 @@ Writes benchmark.json and prints a table. Options of train_sd3.py may follow, e.
     rollout_vs_stock   prompt to image: StableDiffusion3Pipeline.__call__ / ours, at equal steps, guidance and batch
     train_vs_serial    a loop over single noise levels with stock text tokens / our updates, same draws, same loss
     epoch_vs_parts     a whole epoch / the sum of its transformer, decoder and reward calls
+    overlap_gain       sampling with a reward that waits as long as a batch takes: one after the other / side by side
 
 Each is a ratio of median seconds; those compared take turns. Built-in world: the bare calls have our own 41 tokens, one
 of which stands for 256 zeros of an absent T5; the stock pipeline's have all 296 (models/repeated_token.py). On a CPU
@@ -26,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # the program of this fol
 
 import torch  # noqa: E402
 from benchmark_parts import Rollouts, Training, epoch, phases  # noqa: E402
+from benchmark_running import flat_memory, waiting_reward  # noqa: E402
 from benchmark_setup import SHAPES, Setup, setup  # noqa: E402
 from timing import Clock, matrix_peak  # noqa: E402
 
@@ -47,6 +49,7 @@ def parse(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, list[s
     parser.add_argument("--batch_size", type=int, default=32, help="images of a rollout, a multiple of 4")
     parser.add_argument("--num_inference_steps", type=int, default=12, help="of a rollout")
     parser.add_argument("--repeats", type=int, default=5, help="of everything; medians count")
+    parser.add_argument("--memory", type=int, metavar="EPOCHS", help="only: memory after each of so many epochs")
     args, options = parser.parse_known_args(argv)
     if args.batch_size < 4 or args.batch_size % 4:
         parser.error(f"--batch_size is {args.batch_size}; it must be a multiple of the 4 prompts")
@@ -63,12 +66,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"benchmark.py: error: {error}", file=sys.stderr)
         return 1
+    if args.memory:
+        return flat_memory(made, args.memory)
     clock = Clock(device)
     result = {"shape": args.shape, **_where(device), "settings": vars(args) | {"options": options}}
     result["settings"]["output_dir"] = None  # the folder of somebody's computer is no result
     result |= rollouts(made, clock, args)
     result |= training(made, clock, args.repeats)
     made.stock = None  # its weights are not the epoch's memory
+    result["overlap_gain"] = waiting_reward(made, args.repeats)
     result["epoch"] = epoch(made, clock, args.repeats)
     result["epoch_vs_parts"] = result["epoch"].pop("epoch_vs_parts")
     _print(result)
@@ -143,8 +149,8 @@ def _print(result: dict[str, Any]) -> None:
     print(f"\nan epoch of {epoch_of['images']} images: {epoch_of['seconds']:.3g} s")
     for name, value in epoch_of["breakdown"].items():
         print(f"  {name:34}{value:12.3g} s{value / epoch_of['seconds']:8.1%}")
-    for name, value in epoch_of["slower_without"].items():
-        print(f"  {'x seconds, without ' + name:64}{value:.3f}")
+    for name, value in epoch_of["relative_seconds"].items():
+        print(f"  {'x seconds, ' + name:64}{value:.3f}")
     for name, value in epoch_of["peak_memory_bytes"].items():
         print(f"  {'peak memory, ' + name:34}{value / 1e9:11.2f} GB")
 

@@ -148,23 +148,30 @@ def _passes(trainer: Trainer) -> list[dict[str, Tensor]]:
     return logs
 
 
-def _without(config: Config) -> dict[str, tuple[str, Any]]:
-    """Options of `rollout` that each take one optimisation back."""
+def _without(config: Config) -> dict[str, tuple[str, str, Any]]:
+    """Section, option and value that each take one optimisation back."""
     return {
-        "merged LoRA": ("merge_lora", False),
-        "decoding in chunks": ("decode_batch_size", config.rollout.batch_size),
-        "batches larger than the training micro-batch": ("batch_size", config.train.batch_size),
+        "merged LoRA": ("rollout", "merge_lora", False),
+        "decoding in chunks": ("rollout", "decode_batch_size", config.rollout.batch_size),
+        "batches larger than the training micro-batch": ("rollout", "batch_size", config.train.batch_size),
+        "scoring beside sampling": ("rollout", "overlap_scoring", False),
     }
 
 
-def _changed(config: Config, action: Callable[[], None], name: str, value: Any) -> Callable[[], None]:
+def _with(config: Config) -> dict[str, tuple[str, str, Any]]:
+    """Those that each turn one on that is off because it changes results."""
+    return {"one noise for all inner epochs": ("train", "reuse_noise", True)} if config.train.inner_epochs > 1 else {}
+
+
+def _changed(config: Config, action: Callable[[], None], section: str, name: str, value: Any) -> Callable[[], None]:
     def call() -> None:
-        before = getattr(config.rollout, name)
-        setattr(config.rollout, name, value)
+        options = getattr(config, section)
+        before = getattr(options, name)
+        setattr(options, name, value)
         try:
             action()
         finally:
-            setattr(config.rollout, name, before)
+            setattr(options, name, before)
 
     return call
 
@@ -181,6 +188,8 @@ def epoch(made: Setup, clock: Clock, repeats: int) -> dict[str, Any]:
         trainer.rollout, trainer.epoch, trainer.inner, trainer.update = None, 0, 0, 0
         trainer.run_epoch(lambda *_: None)
 
+    one_by_one = _changed(made.config, run, "rollout", "overlap_scoring", False)  # else times of two threads mix
+
     def watched() -> None:
         watches.append(Breakdown(clock))
         with watches[-1].watching(
@@ -195,9 +204,14 @@ def epoch(made: Setup, clock: Clock, repeats: int) -> dict[str, Any]:
             (trainer.model, "decode", "decoder"),
             (trainer.scorer, "_score", "reward"),
         ):
-            run()
+            one_by_one()
 
-    actions = {name: _changed(made.config, run, *change) for name, change in _without(made.config).items()}
+    changes = {"without": _without(made.config), "with": _with(made.config)}
+    actions = {
+        f"{how} {name}": _changed(made.config, run, *change)
+        for how, changed in changes.items()
+        for name, change in changed.items()
+    }
     compared = clock.compare({"epoch": run, "watched": watched, **actions}, repeats)
     seconds = compared["epoch"]
     names = sorted({name for watch in watches for name in watch.seconds})
@@ -216,7 +230,7 @@ def epoch(made: Setup, clock: Clock, repeats: int) -> dict[str, Any]:
         "epoch_vs_parts": seconds / calls,
         "breakdown": dict(sorted(parts.items(), key=lambda item: -item[1])),
         "peak_memory_bytes": peak,
-        "slower_without": {name: compared[name] / seconds for name in actions},
+        "relative_seconds": {name: compared[name] / seconds for name in actions},
     }
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .config import Config
 from .models.sd3 import SD3
+from .overlap import worked_on
 from .parallel import failing_together, gather_rows, share
 from .policy import Policy
 from .prompts import Prompt
@@ -21,6 +22,8 @@ from .rollout import sample, sample_path
 from .scoring import Scoring
 from .seeds import epoch_prompts, seed_for
 from .types import Condition, Rollout
+
+Sampled = tuple[Tensor, dict[str, Any], Tensor]  # of a batch: prompt (B,), latents, images (B, 3, H, W) in [0, 1]
 
 
 class Collector:
@@ -75,21 +78,29 @@ class Collector:
         )
 
     def _sample_mine(self, epoch: int, prompt: Tensor, progress: Callable, check_stop: Callable) -> None:
+        before = sum(len(part.prompt) for part in self.done)
+        sampled = self._sampled(epoch, prompt, before, check_stop)
+        for part in worked_on(sampled, self._scored, self.config.rollout.overlap_scoring):
+            self.done.append(part)
+            before += len(part.prompt)
+            progress("sampling", before, len(prompt))
+
+    def _sampled(self, epoch: int, prompt: Tensor, first: int, check_stop: Callable) -> Iterator[Sampled]:
+        """Batches from sample `first` on."""
         rollout, numbers = self.config.rollout, range(self.samples)[self.mine]
-        for start in range(sum(len(part.prompt) for part in self.done), len(prompt), rollout.batch_size):
+        for start in range(first, len(prompt), rollout.batch_size):
             if self.accelerator.num_processes == 1:
                 check_stop()
             rows = slice(start, start + rollout.batch_size)
             seeds = [seed_for(self.config.seed, "rollout", epoch, number) for number in numbers[rows]]
             latents = self._latents(prompt[rows], seeds)
-            images = self.model.decode(latents["clean"], rollout.decode_batch_size)
-            prompts = [self.prompts[index] for index in prompt[rows].tolist()]
-            scores = self.scorer(images, prompts)
-            total = self.scorer.total(scores)
-            self.done.append(
-                Rollout(prompt[rows], rewards=total, images=quantise(images).cpu(), scores=scores, **latents)
-            )
-            progress("sampling", start + len(prompts), len(prompt))
+            yield prompt[rows], latents, self.model.decode(latents["clean"], rollout.decode_batch_size)
+
+    def _scored(self, sampled: Sampled) -> Rollout:
+        prompt, latents, images = sampled
+        scores = self.scorer(images, [self.prompts[index] for index in prompt.tolist()])
+        total = self.scorer.total(scores)
+        return Rollout(prompt, rewards=total, images=quantise(images).cpu(), scores=scores, **latents)
 
     def _latents(self, prompt: Tensor, seeds: list[int]) -> dict[str, Any]:
         """One batch: `clean`, and where the objective needs them `path` and `velocity`."""

@@ -23,13 +23,14 @@ class RolloutConfig:
     samples_per_prompt: int = 8  # images of each; not in the paper
     num_inference_steps: int = 10  # ODE steps; not in the paper
     solver: Literal["euler", "heun", "midpoint"] = "euler"  # of the ODE; heun and midpoint cost twice the time
-    guidance_scale: float = 1.0  # 1: no guidance and no second forward pass
+    guidance_scale: float = 1.0  # of sampling; 1: no guidance and no second forward pass
     batch_size: int = 16  # images per forward pass; does not change the images
     decode_batch_size: int = 8  # images that the decoder has in work; its memory, not the images, depends on it
     height: int = 512  # pixels; a multiple of 16 for SD3 and SD3.5
     width: int = 512  # pixels, likewise
     max_sequence_length: int = 128  # T5 tokens; policy, reference and evaluation all use it
     shift: float | None = None  # of the sigma grid; None: the model's own
+    overlap_scoring: bool = True  # score a batch while the next is sampled: the same scores, earlier (overlap.py)
     merge_lora: bool = True  # sample with the LoRA inside the weights: faster, the same but for rounding (merging.py)
 
 
@@ -40,10 +41,13 @@ class TrainConfig:
     batch_size: int = 16  # samples per forward pass, each with `sigmas_per_sample` noise draws
     gradient_accumulation_steps: int = 4  # batches per update
     sigmas_per_sample: int = 3  # noise draws per sample and inner epoch, folded into the batch; not in the paper
-    inner_epochs: int = 1  # passes over the epoch's samples, each with fresh noise; not in the paper
+    inner_epochs: int = 1  # passes over the epoch's samples; not in the paper
+    reuse_noise: bool = False  # all passes of an epoch at the same noise: its frozen velocities are computed only once
+    guidance_scale: float = 1.0  # of the velocities that are trained, and of their references; 1: no guidance
     sigma_shift: float = 3.0  # training sigmas: stratified uniform, then shifted as SD3's grid; not in the paper
     sigma_max: float = 1.0  # no training sigma lies above; there may be no signal there (docs/tuning.md)
     paired_noise: bool = False  # a prompt's samples share sigmas, noise and update: what they have in common cancels
+    optimizer: Literal["adamw", "adamw_8bit"] = "adamw"  # 8-bit moments need torchao; for full fine-tuning
     learning_rate: float = 3e-4  # of AdamW, after the warm-up
     adam_beta1: float = 0.9  # decay of the gradient's running mean
     adam_beta2: float = 0.999  # decay of its square's running mean

@@ -12,9 +12,9 @@ from .config import Config
 from .model_files import ModelFiles
 
 CALLS_PER_STEP = {"euler": 1, "heun": 2, "midpoint": 2}
-# of a measured matrix product's speed: on a CPU as measured on the built-in world (0.50 sampling, 0.42 training), on a
-# GPU what we aim at
-FRACTION_OF_PEAK = {"cpu": 0.45, "cuda": 0.4}
+# of a measured matrix product's speed in that type: on a CPU a whole epoch as measured on the built-in world (products
+# in bfloat16 are 4 times as fast there, the rest is not), on a GPU what we aim at
+FRACTION_OF_PEAK = {"cpu": {"no": 0.5, "bf16": 0.2, "fp16": 0.2}, "cuda": dict.fromkeys(("no", "bf16", "fp16"), 0.4)}
 BACKWARD = 1.12  # in forward passes: no gradients of frozen weights, attention twice, the LoRA's own
 
 
@@ -71,8 +71,11 @@ def epoch_flops(config: Config, model: ModelFiles) -> float:
     images = rollout.prompts_per_epoch * rollout.samples_per_prompt
     guided = 2 if rollout.guidance_scale != 1 else 1
     passes = rollout.num_inference_steps * CALLS_PER_STEP[rollout.solver] * guided
-    draw = 1 + 1 + (BACKWARD if config.finetune == "lora" else 2) + train.gradient_checkpointing
-    passes += draw * train.sigmas_per_sample * train.inner_epochs
+    guided = 2 if train.guidance_scale != 1 else 1
+    frozen = guided * len(config.objective.needs) * (1 if train.reuse_noise else train.inner_epochs)
+    backward = BACKWARD if config.finetune == "lora" else 2
+    trained = (guided + backward + train.gradient_checkpointing) * train.inner_epochs
+    passes += train.sigmas_per_sample * (frozen + trained)
     one = forward_flops(model.config, tokens_of(config, model))
     return images * (passes * one + decoder_flops(model.vae_config, rollout.height, rollout.width))
 
@@ -93,7 +96,7 @@ class Memory:
 
 
 def memory(config: Config, model: ModelFiles, lora: int) -> Memory:
-    """Weights once per part; 16 bytes per trained weight: value, gradient and Adam's two moments in float32.
+    """Weights once per part; per trained weight 8 bytes of value and gradient, and Adam's two moments of 4 or of 1.
 
     `lora` counts the trained weights; with `finetune` full the transformer among the frozen ones is the reference.
     """
@@ -101,7 +104,8 @@ def memory(config: Config, model: ModelFiles, lora: int) -> Memory:
     counts = {name: count or 0 for name, count in model.parameters.items()}
     encoders = item * sum(count for name, count in counts.items() if name.startswith("text_encoder"))
     frozen = item * sum(counts.values()) - encoders
-    each = 16 if config.finetune == "lora" or item == 4 else 18  # the transformer beside its masters: full.py
+    each = 10 if config.train.optimizer == "adamw_8bit" else 16
+    each += 0 if config.finetune == "lora" or item == 4 else 2  # the transformer beside its masters: full.py
     return Memory(
         frozen + encoders, frozen, each * lora, _sampling(config, model, item), _training(config, model, item)
     )
@@ -129,15 +133,30 @@ def _sampling(config: Config, model: ModelFiles, item: int) -> int:
 
 
 def _training(config: Config, model: ModelFiles, item: int) -> int:
-    """What a backward pass keeps: about 17 values per token, channel and block (arXiv 2205.05198, without the attention
-    matrix), and below float32 a float32 copy of each adapter's input. With checkpointing one value per block, and one
-    block's own at a time."""
+    """What a backward pass keeps, in bytes, and as many gradients at a time as one block keeps values.
+
+    With checkpointing: one value per block, and one block's own at a time.
+    """
     train, tokens, layers = config.train, tokens_of(config, model), model.config.get("num_layers", 24)
-    blocks = 17 * layers * tokens.all * width_of(model.config) * item
-    if item < 4:
-        for name, (_, into) in _adapted(config, model):
-            text = "add_" in name or "_context" in name
-            blocks += 4 * into * (tokens.text if text else tokens.image)
-    if train.gradient_checkpointing:
-        blocks = blocks // layers + layers * tokens.all * width_of(model.config) * item
-    return train.batch_size * train.sigmas_per_sample * blocks
+    kept = _kept(config, model, item)
+    values = kept / layers + (kept / layers + layers * tokens.all if train.gradient_checkpointing else kept)
+    return int(train.batch_size * train.sigmas_per_sample * values * width_of(model.config) * item)
+
+
+def _kept(config: Config, model: ModelFiles, item: int) -> float:
+    """Values of width w that a backward pass of one draw keeps, counted in today's SD3 blocks of diffusers.
+
+    A block keeps 13 per token: inputs of two norms (2), of the adapters (1), queries and keys before and after their
+    norm with the values (5), attention (1), GELU's input (4). Nothing is kept for the gradient of a frozen weight, so
+    adapters on more layers cost what those read: 1 and 4 for the feed-forward's two, 4 for what modulation multiplies.
+    Below float32 the norms of queries and keys compute in float32: 2 values more, of 4 bytes. A second attention keeps
+    8 per image token.
+    """
+    layers, tokens = model.config.get("num_layers", 24), tokens_of(config, model)
+    dual = len(model.config.get("dual_attention_layers") or ())
+    in_float32 = 2 * 4 / item if item < 4 and model.config.get("qk_norm") else 0
+    per_block = 0.0
+    for stream, count in (("", tokens.image), ("_context", tokens.text)):
+        own = {f"ff{stream}.net.0.proj": 1, f"ff{stream}.net.2": 4, f"norm1{stream}.linear": 4}
+        per_block += count * (13 + in_float32 + sum(own[name] for name in config.lora.target_modules if name in own))
+    return layers * per_block + dual * (8 + in_float32) * tokens.image

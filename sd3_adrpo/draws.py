@@ -27,7 +27,13 @@ class Draws:
         return len(self.units)
 
     def batch(
-        self, rows: Tensor, rollout: Rollout, advantage: Tensor, condition: Condition, device: torch.device
+        self,
+        rows: Tensor,
+        rollout: Rollout,
+        advantage: Tensor,
+        condition: Condition,
+        device: torch.device,
+        negative: Condition | None = None,
     ) -> Batch:
         """All draws of the units `rows`, by unit, draw and member."""
         draws, members = self.sigma.shape[1], self.units.shape[1]
@@ -54,6 +60,7 @@ class Draws:
             noisy=noisy,
             target=target,
             condition=condition.select(rollout.prompt[samples]).to(device),
+            negative=None if negative is None else negative.select(rollout.prompt[samples]).to(device),
             **{"reference": None, **more},
         )
 

@@ -80,10 +80,11 @@ def check_rollout(config: Any, processes: int = 1) -> None:
             f"objective {objective.name} compares samples of a prompt: rollout.samples_per_prompt is "
             f"{rollout.samples_per_prompt}, it must be at least 2"
         )
-    if objective.noise_level and (rollout.guidance_scale != 1 or rollout.solver != "euler"):
+    guided = rollout.guidance_scale != 1 or config.train.guidance_scale != 1
+    if objective.noise_level and (guided or rollout.solver != "euler"):
         raise UserError(
-            f"objective {objective.name} samples an SDE without guidance: leave out rollout.guidance_scale and "
-            "rollout.solver"
+            f"objective {objective.name} samples an SDE without guidance: leave out rollout.guidance_scale, "
+            "train.guidance_scale and rollout.solver"
         )
     steps = rollout.num_inference_steps - 1  # the last step of a path has no noise
     if objective.noise_level and config.train.sigmas_per_sample > steps:

@@ -24,7 +24,7 @@ POSITIVE = {
     "": "epochs checkpointing_epochs validation_epochs",
     "rollout": "prompts_per_epoch samples_per_prompt num_inference_steps batch_size decode_batch_size height width "
     "max_sequence_length",
-    "train": "batch_size gradient_accumulation_steps sigmas_per_sample inner_epochs sigma_shift "
+    "train": "batch_size gradient_accumulation_steps sigmas_per_sample inner_epochs sigma_shift guidance_scale "
     "learning_rate max_grad_norm",
     "lora": "rank alpha",
     "eval": "samples_per_prompt num_inference_steps batch_size",
@@ -197,10 +197,12 @@ def _work(config: Config) -> str:
     guided = 2 if rollout.guidance_scale != 1 else 1
     sampling = rollout.num_inference_steps * CALLS_PER_STEP[rollout.solver] * guided
     draws = train.sigmas_per_sample * train.inner_epochs
+    frozen = (train.sigmas_per_sample if train.reuse_noise else draws) * len(config.objective.needs)
+    guided = ", each guided: one more" if train.guidance_scale != 1 else ""
     return (
         f"{images} images ({rollout.prompts_per_epoch} prompts x {rollout.samples_per_prompt}) of {rollout.width} x "
-        f"{rollout.height}, {updates} updates on one process; forward passes per image: {sampling} to sample, {draws} "
-        f"for the reference, {draws} with backward; {config.epochs} epochs"
+        f"{rollout.height}, {updates} updates on one process; forward passes per image: {sampling} to sample, {frozen} "
+        f"for the reference, {draws} with backward{guided}; {config.epochs} epochs"
     )
 
 
@@ -229,11 +231,12 @@ def _time(config: Config, model: ModelFiles) -> str:
     import torch
 
     kind = "cuda" if torch.cuda.is_available() else "cpu"
-    speed = FRACTION_OF_PEAK[kind] * matrix_speed(kind, config.train.mixed_precision)
+    fraction = FRACTION_OF_PEAK[kind][config.train.mixed_precision]
+    speed = fraction * matrix_speed(kind, config.train.mixed_precision)
     work = epoch_flops(config, model)
     return (
         f"about {work / speed:.0f} s per epoch on one process, the reward besides: {work / 1e12:.3g} TFLOP, at "
-        f"{FRACTION_OF_PEAK[kind]:.0%} of the speed of matrix products here"
+        f"{fraction:.0%} of the speed of matrix products here"
     )
 
 

@@ -1,4 +1,4 @@
-"""Prompts to latents: the ODE sampler over a model's velocity. Guidance lives here and nowhere else."""
+"""Prompts to latents: the ODE sampler over a model's velocity. Guidance, of training too, lives here."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .flow import Velocity, sde_step, seeded_noise, solve
 from .models.sd3 import SD3
-from .types import Condition
+from .types import Batch, Condition
 
 
 def guided(velocity: Callable, condition: Condition, negative: Condition | None, scale: float) -> Velocity:
@@ -28,6 +28,19 @@ def guided(velocity: Callable, condition: Condition, negative: Condition | None,
         return v_negative + scale * (v_condition - v_negative)
 
     return call
+
+
+def training_velocity(velocity: Callable, batch: Batch, scale: float) -> Tensor:
+    """v (B, C, h, w) at a batch's draws, guided as above where `scale` is not 1.
+
+    Gradients go through the conditional half alone, so the other half keeps no activations and has no backward pass.
+    Without gradients it is one call of twice the batch.
+    """
+    if scale == 1.0 or not torch.is_grad_enabled():
+        return guided(velocity, batch.condition, batch.negative, scale)(batch.noisy, batch.sigma)
+    with torch.no_grad():
+        v_negative = velocity(batch.noisy, batch.sigma, batch.negative)
+    return v_negative + scale * (velocity(batch.noisy, batch.sigma, batch.condition) - v_negative)
 
 
 @torch.no_grad()
@@ -59,7 +72,7 @@ def sample(
         noise = seeded_noise(seeds[rows], shape).to(model.device)
         against = None
         if negative is not None and guidance_scale != 1.0:
-            against = negative.select(index if len(negative) > 1 else torch.zeros_like(index)).to(model.device)
+            against = negative.select(index).to(model.device)
         field = guided(velocity, condition.select(index).to(model.device), against, guidance_scale)
         parts.append(solve(field, noise, sigmas, solver).cpu())
         if progress:

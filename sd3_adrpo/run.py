@@ -116,7 +116,8 @@ class Run:
         self.scorer = Scoring.load(config, self.accelerator.device)
         self.embedder = load_embedder(config, self.accelerator.device)
         with self.accelerator.local_main_process_first():  # the others find its embeddings on disk
-            condition, negative = encode_prompts(self.model, self.plan.train, rollout.guidance_scale)
+            scale = config.train.guidance_scale if rollout.guidance_scale == 1 else rollout.guidance_scale
+            condition, negative = encode_prompts(self.model, self.plan.train, scale)
             self.test = encode_prompts(self.model, self.plan.test, config.eval.guidance_scale)
         again = condition.select(torch.tensor([-1]))
         if self.model.pipeline.text_encoder is not None:  # else all came from disk

@@ -16,7 +16,9 @@ from .collect import Collector
 from .draws import Draws, fresh_noise, path_steps
 from .flat_rewards import FlatRewards
 from .objective import check_rollout
+from .optimizers import make_optimizer
 from .parallel import any_process, share, sum_gradients
+from .rollout import training_velocity
 from .seeds import generator_for
 from .sharding import joined, like
 from .types import Rollout
@@ -38,18 +40,12 @@ class Trainer:
         self.collector, self.base_cache, config = collector, base_cache, collector.config
         self.config, self.accelerator, self.model = config, collector.accelerator, collector.model
         self.policy, self.scorer, self.objective = collector.policy, collector.scorer, config.objective
-        self.prompts, self.condition = collector.prompts, collector.condition
+        self.prompts, self.condition, self.negative = collector.prompts, collector.condition, collector.negative
         self.shape, self.samples, self.mine = collector.shape, collector.samples, collector.mine
         check_rollout(config, self.accelerator.num_processes)
         train = config.train
         self.advantages = Advantages(self.objective.advantage, self.condition.pooled)
-        self.optimizer = torch.optim.AdamW(
-            self.policy.parameters(),
-            lr=train.learning_rate,
-            betas=(train.adam_beta1, train.adam_beta2),
-            weight_decay=train.adam_weight_decay,
-            eps=train.adam_epsilon,
-        )
+        self.optimizer = make_optimizer(self.policy.parameters(), train)
         total = config.epochs * train.inner_epochs * self.updates_per_pass
         self.scheduler = get_scheduler(
             train.lr_scheduler, self.optimizer, num_warmup_steps=train.lr_warmup_steps, num_training_steps=total
@@ -57,6 +53,7 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(enabled=train.mixed_precision == "fp16" and self.model.device.type == "cuda")
         self.epoch = self.inner = self.update = 0
         self.rollout: Rollout | None = None
+        self.draws: Draws | None = None  # of the current pass, with `train.reuse_noise` of the epoch
         self.advantage = torch.zeros(0)
         self.weighing: dict[str, float] = {}  # the epoch's metrics of the advantages, and answers without a rating
         self.flat = FlatRewards()
@@ -105,6 +102,8 @@ class Trainer:
     # prompts -> latents -> images -> rewards -> advantages
 
     def _sample(self, progress: Any) -> None:
+        self.last_images = None  # those of the epoch before: only one epoch's are kept
+
         def collect() -> Rollout:
             return self.collector(self.epoch, progress, self._check_stop)
 
@@ -129,29 +128,33 @@ class Trainer:
             "reward_std_within_prompt": (rewards - mean[group]).square().mean().sqrt().item(),
             # what a tilt by 1 + A / beta0 gains is this over beta0, to first order
             "advantage_reward_covariance": ((self.advantage - self.advantage.mean()) * rewards).mean().item(),
-            "learning_rate": self.scheduler.get_last_lr()[0],
+            "learning_rate": float(self.scheduler.get_last_lr()[0]),
             **self.weighing,
         }
 
     # advantages -> loss -> LoRA
 
     def _update_pass(self, progress: Any) -> list[dict[str, Tensor]]:
-        """One pass over the samples, with fresh noise: frozen velocities first, in large batches, then the updates."""
+        """One pass over the samples: frozen velocities first, in large batches, then the updates.
+
+        With `train.reuse_noise` a pass repeats the first one's updates: same samples, noise and frozen velocities.
+        """
         train = self.config.train
         units = self.objective.units(self.advantage, self.config.rollout.samples_per_prompt)
         updates = self.order(len(units)).tensor_split(self.updates_per_pass)  # the same for any number of processes
         shares = [rows[share(len(rows), self.accelerator)] for rows in updates]
-        draws = self._draw(units[torch.cat(shares)])  # this process's, in the order in which it trains on them
-        self._freeze(draws)
-        places = torch.arange(len(draws)).split([len(rows) for rows in shares])
+        if self.draws is None:
+            self.draws = self._draw(units[torch.cat(shares)])  # this process's, in the order in which it trains on them
+            self._freeze(self.draws)
+        places = torch.arange(len(self.draws)).split([len(rows) for rows in shares])
         logs = []
         for update, (rows, place) in enumerate(zip(updates, places, strict=True)):
             if update < self.update:  # resumed in the middle of a pass
                 continue
             self._check_stop()
             for part in place.tensor_split(self._batches(len(rows))):
-                batch = self._batch(draws, part)
-                velocity = self.policy.velocity(batch.noisy, batch.sigma, batch.condition)
+                batch = self._batch(self.draws, part)
+                velocity = training_velocity(self.policy.velocity, batch, train.guidance_scale)
                 loss, metrics = self.objective.loss(velocity, batch)
                 self.scaler.scale(loss * len(part) / len(rows)).backward()
             metrics["grad_norm"] = self._step()
@@ -159,6 +162,8 @@ class Trainer:
             self.update = update + 1
             done = self.inner * self.updates_per_pass + update + 1
             progress("training", done, train.inner_epochs * self.updates_per_pass)
+        if not train.reuse_noise or self.inner + 1 == train.inner_epochs:
+            self.draws = None
         return logs
 
     def _batches(self, units: int) -> int:
@@ -167,9 +172,15 @@ class Trainer:
         longest = -(-units // processes)
         return min(-(-longest // -(-longest // steps)), units // processes)
 
+    @property
+    def _names(self) -> tuple[int, int, int]:
+        """Of what is drawn for the current pass: run, epoch, and the pass that drew it first."""
+        return self.config.seed, self.epoch, 0 if self.config.train.reuse_noise else self.inner
+
     def order(self, count: int) -> Tensor:
         """The units (count,) in the order of the current pass."""
-        generator = generator_for(self.config.seed, "order", self.epoch, self.inner)
+        seed, *names = self._names
+        generator = generator_for(seed, "order", *names)
         if not self.config.train.paired_noise:
             return torch.randperm(count, generator=generator)
         whole = self.objective.units_per_group(self.config.rollout.samples_per_prompt)  # prompts stay together
@@ -177,7 +188,7 @@ class Trainer:
         return (groups[:, None] * whole + torch.arange(whole)).flatten()
 
     def _draw(self, units: Tensor) -> Draws:
-        train, names = self.config.train, (self.config.seed, self.epoch, self.inner)
+        train, names = self.config.train, self._names
         if self.objective.noise_level:
             return path_steps(units, self.collector.sigmas, train.sigmas_per_sample, names)
         count, shift = train.sigmas_per_sample, train.sigma_shift
@@ -194,13 +205,14 @@ class Trainer:
             with weights[name](), self.policy.gathered():
                 for rows in torch.arange(len(draws)).split(max(1, self.config.rollout.batch_size // per_unit)):
                     batch = self._batch(draws, rows)
-                    v = self.policy.velocity(batch.noisy, batch.sigma, batch.condition)
+                    v = training_velocity(self.policy.velocity, batch, self.config.train.guidance_scale)
                     values.append(v.to(self.model.dtype).unflatten(0, (len(rows), -1)).cpu())
         shape = (len(draws), draws.sigma.shape[1], draws.units.shape[1], *self.shape)
         draws.frozen = {name: torch.cat(values).view(shape) for name, values in parts.items()}
 
     def _batch(self, draws: Draws, rows: Tensor):
-        return draws.batch(rows, self.rollout, self.advantage, self.condition, self.model.device)
+        negative = self.negative if self.config.train.guidance_scale != 1 else None
+        return draws.batch(rows, self.rollout, self.advantage, self.condition, self.model.device, negative)
 
     def _step(self) -> Tensor:
         """One optimiser step on the summed gradient of all processes, clipped; returns its norm before clipping."""
@@ -250,6 +262,7 @@ class Trainer:
         for name in ("optimizer", "scheduler", "scaler", "advantages"):
             getattr(self, name).load_state_dict(state[name])
         self.epoch, self.inner, self.update = (state["progress"][name] for name in ("epoch", "inner", "update"))
+        self.rollout = self.draws = None
         if state["rollout"] is not None:
             saved = dict(state["rollout"])
             self.advantage, self.weighing = saved.pop("advantage"), saved.pop("weighing")

@@ -30,6 +30,8 @@ class Condition:
     repeats: int = 1  # how many equal tokens the last of T stands for (models/repeated_token.py)
 
     def select(self, index: Tensor) -> Condition:
+        """The rows `index`; a single row is that of every prompt."""
+        index = index if len(self) > 1 else torch.zeros_like(index)
         return Condition(self.embeds[index], self.pooled[index], self.repeats)
 
     def to(self, *args, **kwargs) -> Condition:
@@ -79,6 +81,7 @@ class Batch:
     target: Tensor  # (B, C, h, w) u = noise - clean
     reference: Tensor | None  # (B, C, h, w) v_ref at the same noisy and sigma, no gradient
     condition: Condition
+    negative: Condition | None = None  # of the prompts' opposites, where training is guided
     old: Tensor | None = None  # (B, C, h, w) velocity of the averaged policy, or of the one that sampled the path
     next_noisy: Tensor | None = None  # (B, C, h, w) where the path went from noisy
     next_sigma: Tensor | None = None  # (B,)

@@ -63,12 +63,13 @@ def test_comparison_warms_up_and_takes_the_median(monkeypatch):
 def result(tmp_path_factory) -> dict:
     folder = tmp_path_factory.mktemp("benchmark")
     arguments = "--shape tiny --batch_size 4 --num_inference_steps 2 --repeats 1 --train.gradient_accumulation_steps 1"
+    arguments += " --train.inner_epochs 2"
     assert benchmark.main([*arguments.split(), "--lora.rank", "2", "--output_dir", str(folder)]) == 0
     return json.loads((folder / "benchmark.json").read_text())
 
 
 def test_all_ratios_are_there(result):
-    for name in "rollout_vs_bare rollout_vs_stock train_vs_serial epoch_vs_parts merge_gain".split():
+    for name in "rollout_vs_bare rollout_vs_stock train_vs_serial epoch_vs_parts merge_gain overlap_gain".split():
         assert 0.01 < result[name] < 100, name
 
 
@@ -82,7 +83,20 @@ def test_breakdown_adds_up(result):
         epoch["breakdown"]
     )
     assert all(value >= 0 for value in epoch["breakdown"].values())
+    assert {"without merged LoRA", "with one noise for all inner epochs"} <= set(epoch["relative_seconds"])
     assert epoch["peak_memory_bytes"]["training"] > 1e7
+
+
+def test_memory_of_every_epoch(capsys):
+    """The resident set grows at first; after that a leak of an epoch's latents or images would show."""
+    arguments = "--shape tiny --memory 6 --rollout.num_inference_steps 2 --lora.rank 2"
+    assert benchmark.main(arguments.split()) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line for line in lines if "images per epoch" in line] == [
+        f"{images} images per epoch, 6 epochs" for images in (8, 32)
+    ]
+    ratios = [float(line.split()[-1]) for line in lines if "the last epoch" in line]
+    assert len(ratios) == 2 and all(0.8 < ratio < 1.05 for ratio in ratios)
 
 
 def test_medium_needs_a_gpu(capsys, monkeypatch):

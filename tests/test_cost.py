@@ -2,13 +2,16 @@
 
 import pytest
 import torch
-from tiny import transformer
+from tiny import JOINT, WIDTHS, transformer
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from sd3_adrpo import cli
-from sd3_adrpo.cost import Tokens, decoder_flops, forward_flops, memory
+from sd3_adrpo.cost import Tokens, _kept, decoder_flops, forward_flops, memory
 from sd3_adrpo.model_files import ModelFiles
+from sd3_adrpo.models.sd3 import SD3
+from sd3_adrpo.policy import Policy
+from sd3_adrpo.types import Condition
 
 SD35_MEDIUM = {
     "num_layers": 24,
@@ -54,8 +57,54 @@ def test_checkpointing_and_smaller_batches_need_less():
 
     whole, saving = of(), of("--train.gradient_checkpointing", "true")
     assert whole.frozen == 2 * 2_284_000_000 and whole.lora == 16 * 18_000_000
-    # by hand: 17 x 24 x 1229 x 1536 x 2 bytes per draw, 12 draws
-    assert whole.training == 12 * 17 * 24 * 1229 * 1536 * 2
-    assert saving.training == 12 * (17 + 24) * 1229 * 1536 * 2
+    # by hand: 13 and 8 values, and 4 of float32 where queries and keys have norms; 1536 x 2 bytes per draw, 12 draws;
+    # and the gradients of 1 block of 24
+    assert whole.training == pytest.approx(12 * (13 * 24 * 1229 + 8 * 13 * 1024) * 25 / 24 * 1536 * 2)
+    assert saving.training == pytest.approx(12 * ((2 * 13 + 24) * 1229 + 2 * 8 * 13 * 1024 / 24) * 1536 * 2)
+    model.config = SD35_MEDIUM | {"qk_norm": "rms_norm"}
+    assert of().training == pytest.approx(12 * (17 * 24 * 1229 + 12 * 13 * 1024) * 25 / 24 * 1536 * 2)
+    assert of("--train.optimizer", "adamw_8bit").lora == 10 * 18_000_000
+    model.config = SD35_MEDIUM
     assert of("--train.batch_size", "16").training == whole.training * 4
     assert of("--rollout.decode_batch_size", "1").sampling < of("--rollout.decode_batch_size", "16").sampling
+
+
+def kept_bytes(policy: Policy, draws: int, tokens: int) -> int:
+    """What a forward pass saves for its backward pass, weights aside."""
+    weights = {p.untyped_storage().data_ptr() for p in policy.model.transformer.parameters()}
+    kept = {}
+
+    def pack(value: torch.Tensor) -> torch.Tensor:
+        storage = value.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = (storage.nbytes(), value)  # alive, so that no other takes its address
+        return value
+
+    size = policy.model.transformer.config.sample_size
+    noisy, sigma = torch.randn(draws, 16, size, size), torch.full((draws,), 0.5)
+    condition = Condition(torch.randn(draws, tokens, JOINT), torch.randn(draws, sum(WIDTHS)))
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda value: value):
+        policy.velocity(noisy, sigma, condition)
+    return sum(size for size, _ in kept.values())
+
+
+ATTENTION = cli.parse([]).lora.target_modules[:8]
+MORE = ["ff.net.0.proj", "ff.net.2", "norm1.linear", "ff_context.net.2"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("dual", "targets", "text"), [(True, [], 8), (False, [], 61), (True, MORE, 61)])
+def test_activations_are_those_that_are_kept(tiny_sd35, dtype, dual, targets, text):
+    """A transformer 64 wide, 64 image tokens, by what four draws keep beyond two: the slope leaves out weights cast."""
+    torch.manual_seed(0)
+    model = SD3.load(str(tiny_sd35), dtype)
+    model.transformer = transformer(dual, heads=4, size=16, layers=3).to(dtype)
+    options = ["--config", "sd3.5-medium", "--rollout.height", "128", "--rollout.width", "128"]
+    config = cli.parse([*options, "--lora.target_modules", str([*ATTENTION, *targets]), "--lora.rank", "2"])
+    config.train.mixed_precision = "no" if dtype == torch.float32 else "bf16"
+    config.train.batch_size = config.train.sigmas_per_sample = 1
+    policy = Policy(model, config.lora)
+    measured = (kept_bytes(policy, 4, text) - kept_bytes(policy, 2, text)) / 2
+    files = ModelFiles("x", config=dict(model.transformer.config), clip_tokens=text - 1)
+    predicted = _kept(config, files, dtype.itemsize) * 64 * dtype.itemsize
+    assert predicted == pytest.approx(measured, rel=0.2), predicted / measured

@@ -71,20 +71,20 @@ def _t5(tokenizer: T5TokenizerFast) -> T5EncoderModel:
     return T5EncoderModel(config).eval()
 
 
-def transformer(dual: bool = True, heads: int = 2) -> SD3Transformer2DModel:
+def transformer(dual: bool = True, heads: int = 2, size: int = 8, layers: int = 2) -> SD3Transformer2DModel:
     """SD3.5-medium's kind when `dual` (a second attention in the first block, qk_norm), else SD3-medium's."""
     return SD3Transformer2DModel(
-        sample_size=8,
+        sample_size=size,
         patch_size=2,
         in_channels=16,
         out_channels=16,
-        num_layers=2,
+        num_layers=layers,
         attention_head_dim=16,
         num_attention_heads=heads,
         joint_attention_dim=JOINT,
         caption_projection_dim=16 * heads,
         pooled_projection_dim=sum(WIDTHS),
-        pos_embed_max_size=6,
+        pos_embed_max_size=max(6, size // 2),
         dual_attention_layers=(0,) if dual else (),
         qk_norm="rms_norm" if dual else None,
     ).eval()
