@@ -85,7 +85,7 @@ def _show(run: Run, summary: dict[str, Any], weights: Path, picture: Path) -> No
     print(f"\nreward is {summary['reward']}; clip_diversity also falls when wrong images vanish")
     kind, title = ("transformer", "transformer") if run.config.finetune == "full" else ("lora", "LoRA")
     difference = summary[f"{kind}_difference"]
-    print(f"{title}: {weights}, reloaded into a stock pipeline: velocities equal to {difference:.1e}")
+    print(f"{title}: {weights}, reloaded into a stock pipeline: velocities differ by at most {difference:.1e}")
     print(f"look at {picture}")
     sample = f", or python -m sd3_adrpo.sample PROMPT --lora {run.folder} --strip" if kind == "lora" else ""
     print(f"next: python eval/report.py {run.folder}{sample}")
