@@ -17,11 +17,11 @@ class Alarm:
 
     The signal is the first watched reward, else the built-in world's accuracy. The alarm rings when the signal lies
     more than `stderrs` standard errors (clustered by prompt) below its best while the reward is higher than then. The
-    best LoRA is kept in `path`, so a resumed run knows it too.
+    best LoRA is kept in `path`, so a resumed run knows it too; of several processes only one is to `keep` it.
     """
 
-    def __init__(self, path: Path, stderrs: float) -> None:
-        self.path, self.stderrs = path, stderrs
+    def __init__(self, path: Path, stderrs: float, keep: bool = True) -> None:
+        self.path, self.stderrs, self.keep = path, stderrs, keep
         self.best: dict[str, Any] | None = torch.load(path, weights_only=True) if path.exists() else None
 
     def __call__(self, epoch: int, measured: Measurement, lora: dict[str, Tensor]) -> str | None:
@@ -29,7 +29,8 @@ class Alarm:
         name, values = self.signal(measured)
         if self.best is None or values.nanmean() >= self.best["signal"].nanmean():
             self.best = {"epoch": epoch, "signal": values, "reward": measured.reward, "lora": lora}
-            torch.save(self.best, self.path)
+            if self.keep:
+                torch.save(self.best, self.path)
             return None
         fall = paired_difference(self.best["signal"], values, measured.prompt)
         rise = measured.reward.mean() - self.best["reward"].mean()

@@ -24,7 +24,7 @@ def summarise(run: Run, before: Measurement, after: Measurement) -> dict[str, An
         "epochs": run.trainer.epoch,
         "images": run.trainer.epoch * run.trainer.samples,
         "seconds": run.seconds(),
-        "ended_early": run.ended,
+        "ended_early": run.judge.ended,
         "model": run.config.model,
         "reward": f"{run.scorer.unit}, {run.scorer.encoder}",
         "test_prompts": run.plan.description["test"],

@@ -18,20 +18,19 @@ from diffusers.utils import logging as diffusers_logging
 from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
-from . import cli, figures, result
-from .alarm import Alarm
+from . import cli, result
 from .base_cache import BaseCache
 from .canary import check_learning
 from .checkpoint import find_checkpoint, load_checkpoint, prune, save_checkpoint
 from .collect import Collector
 from .compiling import compile_blocks
-from .config import Config, EvalConfig
+from .config import Config
 from .errors import UserError
-from .evaluation import Measurement, encode_prompts, load_embedder, measure
+from .evaluation import Measurement, encode_prompts, load_embedder
 from .full import FullPolicy
+from .judging import Judge
 from .models.sd3 import SD3
 from .pairs import PairCollector
-from .parallel import any_process
 from .plan import Plan
 from .policy import Policy
 from .scoring import Scoring
@@ -44,7 +43,6 @@ from .watching import sampled_accuracy, sampled_diversity
 logging.getLogger("diffusers.loaders.lora_base").setLevel(logging.ERROR)  # a LoRA has no text encoder part: no news
 diffusers_logging.disable_progress_bar()
 transformers_logging.disable_progress_bar()
-GRID_PROMPTS, GRID_IMAGES = 6, 4
 DRIFTS = ("w2", "w2_old", "velocity_norm_ratio")  # of an epoch's last update, beside its rollout's metrics
 
 
@@ -64,8 +62,6 @@ class Run:
             raise UserError("compile is on, and the accelerate config asks for FSDP: one of the two only")
         self.folder = self._make_folder()
         self.accelerator.project_configuration.logging_dir = str(self.folder)
-        self.alarm, self.hacked = Alarm(self.folder / "best.pt", config.alarm_stderrs), False
-        self.ended: str | None = None  # why before its last epoch
         torch.manual_seed(config.seed)  # the LoRA's initial weights; everything else is seeded by name
 
     def _make_folder(self) -> Path:
@@ -88,11 +84,11 @@ class Run:
             self._say(f"resumed from {self.resumed}, epoch {self.trainer.epoch} of {self.config.epochs}")
         else:
             check_learning(self.policy, self.config.objective, self.trainer.condition, self.trainer.shape)
-        before = self._before()
+        before = self.judge.before(bool(self.resumed), self.base_cache)
         self._start_trackers()
         self.trainer.stop_on_signals()
         try:
-            while self.trainer.epoch < self.config.epochs and not self.hacked:
+            while self.trainer.epoch < self.config.epochs and not self.judge.ended:
                 self._epoch()
         except Interrupted:
             self._save()
@@ -118,7 +114,7 @@ class Run:
         with self.accelerator.local_main_process_first():  # the others find its embeddings on disk
             scale = config.train.guidance_scale if rollout.guidance_scale == 1 else rollout.guidance_scale
             condition, negative = encode_prompts(self.model, self.plan.train, scale)
-            self.test = encode_prompts(self.model, self.plan.test, config.eval.guidance_scale)
+            test = encode_prompts(self.model, self.plan.test, config.eval.guidance_scale)
         again = condition.select(torch.tensor([-1]))
         if self.model.pipeline.text_encoder is not None:  # else all came from disk
             again = self.model.encode_anew([self.plan.train[-1].text])  # alone, not in the cache's batch
@@ -138,6 +134,17 @@ class Run:
             config, self.accelerator, self.model, self.policy, self.scorer, self.plan.train, condition, negative
         )
         self.trainer = Trainer(collector, self.base_cache)
+        self.judge = Judge(
+            config,
+            self.accelerator,
+            self.model,
+            self.policy,
+            self.scorer,
+            self.embedder,
+            self.plan.test,
+            test,
+            self.folder,
+        )
 
     def _text_cache(self) -> Path | None:
         """None for the built-in world, whose encoders are small."""
@@ -145,45 +152,6 @@ class Run:
         if self.config.model == "shapes" or chosen == "none":
             return None
         return Path(chosen).expanduser() if chosen else default_folder()
-
-    # measuring
-
-    def _measure(self, policy: Policy | None, name: str, reference: Measurement | None = None) -> Measurement:
-        total = len(self.plan.test) * self.config.eval.samples_per_prompt
-        bar = tqdm(total=total, desc=name, unit="img", disable=not self.main, dynamic_ncols=True)
-        with bar, self.policy.gathered():
-            rollout = self.config.rollout
-            return measure(
-                policy,
-                self.model,
-                self.scorer,
-                self.plan.test,
-                self.config.eval,
-                rollout.height,
-                rollout.width,
-                condition=self.test[0],
-                negative=self.test[1],
-                shift=rollout.shift,
-                reference=reference,
-                embedder=self.embedder,
-                progress=lambda done, _: bar.update(done - bar.n),
-                accelerator=self.accelerator,
-            )
-
-    def _before(self) -> Measurement:
-        """The base on the test prompts, measured once per run."""
-        path, before = self.folder / "before.pt", None
-        if self.resumed and path.exists():
-            before = Measurement(**torch.load(path, weights_only=True))
-            if before.scores.keys() != self.scorer.scorers.keys():  # another reward is optimised or watched now
-                before = None
-        if not any_process(before is None, self.accelerator):  # measuring takes all of them
-            return before
-        with self.policy.reference():
-            before, _ = self.base_cache(Measurement, lambda: self._measure(None, "before"))
-        if self.main:
-            torch.save(vars(before), path)
-        return before
 
     # one epoch
 
@@ -203,56 +171,17 @@ class Run:
             metrics |= sampled_diversity(images, texts, self.embedder or self.scorer.embedder)
             metrics["seconds"] = time.monotonic() - started + self.trainer.spared
             metrics["images_per_second"] = self.trainer.samples / metrics["seconds"]
-            metrics |= {
-                name: updates[-1][name] for name in ("w2", "w2_old", "velocity_norm_ratio") if name in updates[-1]
-            }
+            metrics |= {name: updates[-1][name] for name in DRIFTS if name in updates[-1]}
             shown = {k: f"{metrics[k]:.3f}" for k in self._shown(metrics)}
             bar.set_postfix(shown)
         self._log(epoch, metrics, updates)
         last = self.trainer.epoch == self.config.epochs
         if self.trainer.epoch % self.config.validation_epochs == 0 and not last:
-            self._grid()
+            self.judge.grid(self.trainer.epoch)
         if self.config.evaluation_epochs and self.trainer.epoch % self.config.evaluation_epochs == 0 and not last:
-            self._evaluate()
+            self.judge.on_the_way(self.trainer.epoch)
         if self.trainer.epoch % self.config.checkpointing_epochs == 0 or last:
             self._save()
-
-    def _evaluate(self) -> None:
-        measured = self._measure(self.policy, f"after epoch {self.trainer.epoch}")
-        if self.main:
-            with open(self.folder / "metrics.jsonl", "a") as file:
-                row = {"kind": "evaluation", "epoch": self.trainer.epoch, **measured.summary()}
-                file.write(json.dumps(row) + "\n")
-        self.hacked = self._hacked(measured) or self._drifted(measured)
-
-    def _drifted(self, measured: Measurement) -> bool:
-        limit, drift = self.config.drift_limit, measured.summary()["w2_drift"]
-        if limit is None or drift <= limit:
-            return False
-        self.ended = f"the drift is {drift:.4g}, above drift_limit {limit:.4g}"
-        self._alarm(self.ended)
-        return True
-
-    def _alarm(self, message: str) -> None:
-        self._say(f"ALARM: {message}")
-        if self.main:
-            with open(self.folder / "metrics.jsonl", "a") as file:
-                file.write(json.dumps({"kind": "alarm", "epoch": self.trainer.epoch, "message": message}) + "\n")
-
-    def _hacked(self, measured: Measurement) -> bool:
-        """Whether the alarm rings and training is to end; with `restore` the best LoRA is back then."""
-        if self.config.alarm == "off" or self.hacked:
-            return False
-        lora = {name: value.clone() for name, value in self.policy.state_dict().items()}
-        message = self.alarm(self.trainer.epoch, measured, lora)
-        if message is None:
-            return False
-        self._alarm(message)
-        self.ended = None if self.config.alarm == "warn" else message
-        if self.config.alarm == "restore":
-            self.policy.load_state_dict(self.alarm.best["lora"])
-            self._say(f"the LoRA of epoch {self.alarm.best['epoch']} is restored")
-        return self.config.alarm != "warn"
 
     def _shown(self, metrics: dict[str, float]) -> list[str]:
         """What the bar shows: every score where there are several."""
@@ -271,30 +200,6 @@ class Run:
             file.write(json.dumps({"kind": "epoch", "epoch": epoch, **metrics}) + "\n")
         self.accelerator.log({f"epoch/{name}": value for name, value in metrics.items()}, step + len(updates))
 
-    def _grid(self) -> None:
-        """Fixed test prompts and noise, so that the grids of a run can be flipped through."""
-        chosen = torch.linspace(0, len(self.plan.test) - 1, min(GRID_PROMPTS, len(self.plan.test))).long()
-        prompts = [self.plan.test[i] for i in chosen]
-        fields = vars(self.config.eval) | {"samples_per_prompt": GRID_IMAGES}
-        rollout, negative = self.config.rollout, self.test[1].select(chosen) if self.test[1] is not None else None
-        with self.policy.gathered():
-            shown = measure(
-                None,
-                self.model,
-                self.scorer,
-                prompts,
-                EvalConfig(**fields),
-                rollout.height,
-                rollout.width,
-                condition=self.test[0].select(chosen),
-                negative=negative,
-                shift=rollout.shift,
-                accelerator=self.accelerator,
-            )
-        if self.main:
-            path = self.folder / "grids" / f"epoch-{self.trainer.epoch:04d}.png"
-            figures.grid(shown.images, GRID_IMAGES, path, [prompt.text for prompt in prompts])
-
     # saving
 
     def _save(self) -> None:
@@ -309,9 +214,7 @@ class Run:
             self.accelerator.init_trackers("tensorboard")
 
     def _finish(self, before: Measurement) -> dict[str, Any]:
-        after = self._measure(self.policy, "after", before)
-        if self._hacked(after) and self.config.alarm == "restore":
-            after = self._measure(self.policy, "after restoring", before)
+        after = self.judge.after(self.trainer.epoch, before)
         summary = result.summarise(self, before, after)
         with self.policy.gathered():
             self.accelerator.end_training()  # nothing is left to do together
