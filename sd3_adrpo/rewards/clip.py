@@ -140,16 +140,18 @@ class ClipScorer:
             embeddings = embeddings.masked_fill(broken[:, None], float("nan"))
         return embeddings
 
-    def embed_texts(self, texts: Sequence[str], batch_size: int = 64) -> Tensor:
-        """(N, E) on the scorer's device; every text is computed once."""
+    def embed_texts(self, texts: Sequence[str]) -> Tensor:
+        """(N, E) on the scorer's device; every text is computed once.
+
+        And alone: in a batch its last digits would depend on the others, which a resumed run asks for in another order.
+        """
         import torch
 
-        new = [text for text in dict.fromkeys(texts) if text not in self._texts]
         with torch.no_grad():
-            for start in range(0, len(new), batch_size):
-                rows = new[start : start + batch_size]
-                features = self.model.encode_text(self.tokenizer(rows).to(self.device), normalize=True).float()
-                self._texts.update(zip(rows, features, strict=True))
+            for text in dict.fromkeys(texts):
+                if text not in self._texts:
+                    tokens = self.tokenizer([text]).to(self.device)
+                    self._texts[text] = self.model.encode_text(tokens, normalize=True).float()[0]
         return torch.stack([self._texts[text] for text in texts])
 
     def score(self, embeddings: Tensor, prompts: Sequence[Prompt]) -> Tensor:
