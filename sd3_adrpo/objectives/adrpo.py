@@ -37,21 +37,18 @@ class Adrpo(Objective):
     penalty: Literal["adaptive", "fixed", "none"] = "adaptive"  # beta0 - A, beta0 or 0 times |v - v_ref|^2
     positive_only: bool = False  # negative advantages become 0
     refresh_epochs: int = 0  # the penalty's reference becomes the policy every so many epochs; 0: stays the base
-    norm_guard: float = 0.0  # weight of NormGuard's hinge (arXiv 2606.27771) on |v| above |v_ref|
 
     def __post_init__(self) -> None:
         if not self.beta0 > 0:
             raise ValueError(f"objective.beta0 is {self.beta0}; it must be positive (the paper uses 1 for images)")
         if not self.clip_range > 0:
             raise ValueError(f"objective.clip_range is {self.clip_range}; it must be positive (in units of beta0)")
-        if self.refresh_epochs < 0 or self.norm_guard < 0:
-            raise ValueError("objective.refresh_epochs and objective.norm_guard cannot be negative; 0 turns them off")
+        if self.refresh_epochs < 0:
+            raise ValueError(f"objective.refresh_epochs is {self.refresh_epochs}; it cannot be negative, 0 is never")
 
     @property
     def needs(self) -> tuple[str, ...]:
-        if not self.refresh_epochs:
-            return ("reference",)
-        return ("reference", "old") if self.norm_guard else ("old",)
+        return ("old",) if self.refresh_epochs else ("reference",)
 
     def weigh(self, advantage: Tensor) -> tuple[Tensor, dict[str, float]]:
         weight, metrics = clipped(advantage, self.clip_range * self.beta0)
@@ -70,9 +67,6 @@ class Adrpo(Objective):
             "none": torch.zeros_like(w2),
         }[self.penalty]
         loss = (batch.advantage * fm + penalty * w2).mean()
-        if self.norm_guard:
-            growth = velocity.flatten(1).norm(dim=1) / batch.reference.float().flatten(1).norm(dim=1)
-            loss = loss + self.norm_guard * (growth - 1).clamp(min=0).square().mean()
         return loss, detached(
             loss=loss,
             fm=fm.mean(),
