@@ -54,12 +54,13 @@ class Judge:
             before = Measurement(**torch.load(path, weights_only=True))
             if before.scores.keys() != self.scorer.scorers.keys():  # another reward is optimised or watched now
                 before = None
-        if not any_process(before is None, self.accelerator):  # measuring takes all of them
-            return before
-        with self.policy.reference():
-            before, _ = base_cache(Measurement, lambda: self._measure(None, "before"))
-        if self.main:
-            torch.save(vars(before), path)
+        if any_process(before is None, self.accelerator):  # measuring takes all of them
+            with self.policy.reference():
+                before, _ = base_cache(Measurement, lambda: self._measure(None, "before"))
+            if self.main:
+                torch.save(vars(before), path)
+        if self.config.alarm != "off" and self.alarm.best is None:  # the base may stay the best
+            self.alarm(0, before, self._weights())
         return before
 
     def on_the_way(self, epoch: int) -> None:
@@ -112,8 +113,7 @@ class Judge:
         """Whether the alarm rings and training is to end; with `restore` the best weights are back then."""
         if self.config.alarm == "off" or self.ended:
             return False
-        weights = {name: value.clone() for name, value in self.policy.state_dict().items()}
-        message = self.alarm(epoch, measured, weights)
+        message = self.alarm(epoch, measured, self._weights())
         if message is None:
             return False
         self._ring(epoch, message)
@@ -124,6 +124,9 @@ class Judge:
             self.policy.load_state_dict(self.alarm.best["lora"])
             self._say(f"the weights of epoch {self.alarm.best['epoch']} are restored")
         return True
+
+    def _weights(self) -> dict[str, torch.Tensor]:
+        return {name: value.clone() for name, value in self.policy.state_dict().items()}
 
     def _ring(self, epoch: int, message: str) -> None:
         self._say(f"ALARM: {message}")
