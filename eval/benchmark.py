@@ -35,7 +35,8 @@ from sd3_adrpo.errors import UserError  # noqa: E402
 
 RESULT = "benchmark.json"
 SIZES = {  # of rollouts, training and an epoch
-    "shapes": "--rollout.prompts_per_epoch 4 --rollout.samples_per_prompt 8 --train.batch_size 16",
+    "shapes": "--rollout.prompts_per_epoch 4 --rollout.samples_per_prompt 8 --train.batch_size 16 "
+    "--objective.refresh_epochs 0",  # the serial loop has a frozen reference
     "sd3.5-medium": "--rollout.prompts_per_epoch 48 --rollout.samples_per_prompt 8",
     "tiny": "--rollout.prompts_per_epoch 2 --rollout.samples_per_prompt 4 --train.batch_size 4",
 }

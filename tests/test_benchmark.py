@@ -23,6 +23,13 @@ class Hands:
         return self.now
 
 
+def test_the_serial_loop_has_what_the_loss_needs():
+    """It computes a frozen reference and nothing else; the built-in preset's own reference moves."""
+    from sd3_adrpo import cli
+
+    assert cli.parse(benchmark.SIZES["shapes"].split()).objective.needs == ("reference",)
+
+
 def test_breakdown_counts_for_the_innermost():
     hands = Hands()
 
