@@ -110,3 +110,17 @@ def test_pairs_of_a_run_are_its_best_and_worst(tmp_path):
     ]
     with pytest.raises(UserError, match="keeps no images of 'after'"):
         write_pairs(tmp_path, "after")
+
+
+def test_an_epoch_is_chosen_before_rejected(pairs_file, tmp_path):
+    config = cli.parse(options(tmp_path / "run", pairs_file))
+    run = Run(config, plan.check(config))
+    run._load()
+    rollout = run.trainer.collector(0, lambda *_: None, lambda: None)
+    assert rollout.rewards.tolist() == [1.0, 0.0] * 8
+    for row in range(0, 16, 2):
+        pair = read_pairs(pairs_file)[PROMPTS.index(run.plan.train[rollout.prompt[row]].text)]
+        assert torch.equal(rollout.images[row], _read_image(pair.chosen, 64, 64))
+        assert torch.equal(rollout.images[row + 1], _read_image(pair.rejected, 64, 64))
+    again = run.model.encode_images(rollout.images.float() / 255)
+    torch.testing.assert_close(rollout.clean, again)
