@@ -7,19 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from tqdm import tqdm
 
 from . import figures
 from .alarm import Alarm
 from .base_cache import BaseCache
-from .config import Config, EvalConfig
+from .collect import Collector
+from .config import EvalConfig
 from .evaluation import Measurement, measure
-from .models.sd3 import SD3
 from .parallel import any_process
 from .policy import Policy
 from .prompts import Prompt
-from .scoring import Scoring
 from .types import Condition
 
 GRID_PROMPTS, GRID_IMAGES = 6, 4
@@ -30,21 +28,19 @@ class Judge:
 
     def __init__(
         self,
-        config: Config,
-        accelerator: Accelerator,
-        model: SD3,
-        policy: Policy,
-        scorer: Scoring,
+        collector: Collector,
         embedder: Any,
         prompts: list[Prompt],
         conditions: tuple[Condition, Condition | None],
         folder: Path,
     ) -> None:
-        self.config, self.accelerator, self.model, self.policy = config, accelerator, model, policy
-        self.scorer, self.embedder, self.prompts, self.folder = scorer, embedder, prompts, folder
+        """Judges what the collector samples with, by its rewards, on these prompts."""
+        self.config, self.accelerator, self.model = collector.config, collector.accelerator, collector.model
+        self.policy, self.scorer = collector.policy, collector.scorer
+        self.embedder, self.prompts, self.folder = embedder, prompts, folder
         self.condition, self.negative = conditions
-        self.main = accelerator.is_main_process
-        self.alarm = Alarm(folder / "best.pt", config.alarm_stderrs, self.main)
+        self.main = self.accelerator.is_main_process
+        self.alarm = Alarm(folder / "best.pt", self.config.alarm_stderrs, self.main)
         self.ended: str | None = None
 
     def before(self, resumed: bool, base_cache: BaseCache) -> Measurement:

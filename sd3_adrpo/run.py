@@ -134,17 +134,7 @@ class Run:
             config, self.accelerator, self.model, self.policy, self.scorer, self.plan.train, condition, negative
         )
         self.trainer = Trainer(collector, self.base_cache)
-        self.judge = Judge(
-            config,
-            self.accelerator,
-            self.model,
-            self.policy,
-            self.scorer,
-            self.embedder,
-            self.plan.test,
-            test,
-            self.folder,
-        )
+        self.judge = Judge(collector, self.embedder, self.plan.test, test, self.folder)
 
     def _text_cache(self) -> Path | None:
         """None for the built-in world, whose encoders are small."""
