@@ -160,7 +160,10 @@ def _without(config: Config) -> dict[str, tuple[str, str, Any]]:
 
 def _with(config: Config) -> dict[str, tuple[str, str, Any]]:
     """Those that each turn one on that is off because it changes results."""
-    return {"one noise for all inner epochs": ("train", "reuse_noise", True)} if config.train.inner_epochs > 1 else {}
+    found = {"one noise for all inner epochs": ("train", "reuse_noise", True)} if config.train.inner_epochs > 1 else {}
+    if torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 9):
+        found["float8 rollouts"] = ("rollout", "fp8", True)
+    return found
 
 
 def _changed(config: Config, action: Callable[[], None], section: str, name: str, value: Any) -> Callable[[], None]:

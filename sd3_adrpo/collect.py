@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from .config import Config
+from .fp8 import in_float8
 from .models.sd3 import SD3
 from .overlap import worked_on
 from .parallel import failing_together, gather_rows, share
@@ -63,6 +64,8 @@ class Collector:
             weights.enter_context(self.policy.gathered())
             if rollout.merge_lora and not self.config.objective.noise_level:  # a path's velocities are trained on as is
                 weights.enter_context(self.policy.merged())
+            if rollout.fp8:
+                weights.enter_context(in_float8(self.model.transformer))
             self._sample_mine(epoch, prompt[self.mine], progress, check_stop)
         self.parse_failures = self._summed({k: n - counted[k] for k, n in self.scorer.parse_failures.items()})
         mine, self.done = Rollout.cat(self.done), []

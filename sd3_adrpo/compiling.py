@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+from contextlib import nullcontext
 
 import torch
 
+from .fp8 import in_float8
 from .policy import Policy
 from .types import Condition
 
@@ -14,7 +16,12 @@ VARIANTS = 64  # kinds of block x batch shapes x (adapters on, off) x (with grad
 
 
 def compile_blocks(
-    policy: Policy, condition: Condition, shape: tuple[int, ...], batch_size: int, backend: str = "inductor"
+    policy: Policy,
+    condition: Condition,
+    shape: tuple[int, ...],
+    batch_size: int,
+    fp8: bool = False,
+    backend: str = "inductor",
 ) -> bool:
     """Whether it worked: a forward and a backward pass are tried at once, with `condition`'s first row.
 
@@ -26,7 +33,7 @@ def compile_blocks(
     for block in blocks:
         block.compile(backend=backend, dynamic=False)
     try:
-        _try(policy, condition, shape, batch_size)
+        _try(policy, condition, shape, batch_size, fp8)
     except Exception as error:  # compilers fail in every way there is
         for block in blocks:
             block._compiled_call_impl = None
@@ -40,10 +47,10 @@ def compile_blocks(
     return True
 
 
-def _try(policy: Policy, condition: Condition, shape: tuple[int, ...], batch_size: int) -> None:
+def _try(policy: Policy, condition: Condition, shape: tuple[int, ...], batch_size: int, fp8: bool) -> None:
     device = policy.model.device
     rows = condition.select(torch.zeros(batch_size, dtype=torch.long)).to(device)
     noisy, sigma = torch.zeros(batch_size, *shape, device=device), torch.full((batch_size,), 0.5, device=device)
-    with policy.merged():
+    with policy.merged(), in_float8(policy.model.transformer) if fp8 else nullcontext():
         policy.velocity(noisy, sigma, rows)
     policy.velocity(noisy, sigma, rows).float().square().mean().backward()

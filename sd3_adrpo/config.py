@@ -32,6 +32,7 @@ class RolloutConfig:
     shift: float | None = None  # of the sigma grid; None: the model's own
     overlap_scoring: bool = True  # score a batch while the next is sampled: the same scores, earlier (overlap.py)
     merge_lora: bool = True  # sample with the LoRA inside the weights: faster, the same but for rounding (merging.py)
+    fp8: bool = False  # sample with float8 products, for speed on Ada and Hopper GPUs, with `compile` (fp8.py)
 
 
 @dataclass

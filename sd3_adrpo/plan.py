@@ -47,6 +47,10 @@ class Plan:
 def check(config: Config) -> Plan:
     """Raises UserError or PromptFileError for what would stop the run later. Loads no weights, asks no network."""
     _check_numbers(config)
+    if config.rollout.fp8:
+        from . import fp8  # late: loads torch
+
+        fp8.check(config)
     train, test, description = resolve_prompts(config)
     output = _output(config)
     model = inspect_model(config.model)

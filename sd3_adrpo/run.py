@@ -126,7 +126,7 @@ class Run:
         self.policy = FullPolicy(self.model, *options) if full else Policy(self.model, config.lora, *options)
         if config.compile:
             shape = self.model.latent_shape(rollout.height, rollout.width)
-            compile_blocks(self.policy, condition, shape, rollout.batch_size)
+            compile_blocks(self.policy, condition, shape, rollout.batch_size, rollout.fp8)
         cached = config.base_cache if self.accelerator.num_processes == 1 else None
         self.base_cache = BaseCache(cached, config, self.plan.train, self.plan.test)
         collect = PairCollector if getattr(config.objective, "pairs_file", None) else Collector
