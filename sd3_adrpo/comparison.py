@@ -72,18 +72,38 @@ def by_label(runs: Sequence[Record]) -> dict[str, list[Record]]:
 
 
 def table(runs: Sequence[Record]) -> str:
-    """Markdown: the finals at equal images, then all at the time that the fastest run took."""
-    seconds = min(run["seconds"] for run in runs)
-    parts = [("Equal images", lambda run: run["after"])]
-    if len({run["label"] for run in runs}) > 1:
-        parts.append((f"Equal time: after {seconds:.0f} s of training", lambda run: at_seconds(run, seconds)))
-    return "\n".join(_table(runs, title, values) for title, values in parts)
+    """Markdown: the finals at equal images, their differences to the first kind of run, and all at equal time."""
+    parts = [_table(runs, "Equal images", lambda run: run["after"])]
+    if len(by_label(runs)) > 1:
+        seconds = min(run["seconds"] for run in runs)
+        title = f"Equal time: after {seconds:.0f} s of training"
+        parts += [_paired(runs), _table(runs, title, lambda run: at_seconds(run, seconds))]
+    return "\n".join(parts)
+
+
+def _paired(runs: Sequence[Record]) -> str:
+    """Runs of one seed start from the same samples and are measured with the same noise: their differences vary less
+    than they do."""
+    first, *others = ((label, {run["seed"]: run["after"] for run in group}) for label, group in by_label(runs).items())
+    lines = _head(f"Less {first[0]}, seed by seed", ["run", "seeds", *METRICS])
+    for label, finals in others:
+        seeds = sorted(finals.keys() & first[1].keys())
+        cells = [_number(*mean_and_interval([_less(finals[s][m], first[1][s][m]) for s in seeds])) for m in METRICS]
+        lines.append(f"| {label} | {len(seeds)} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _less(one: float | None, other: float | None) -> float | None:
+    return None if one is None or other is None else one - other
+
+
+def _head(title: str, heads: Sequence[str]) -> list[str]:
+    rule = "|" + "---|" * len(heads)
+    return [f"**{title}** (mean over seeds, ± 95 % interval)", "", "| " + " | ".join(heads) + " |", rule]
 
 
 def _table(runs: Sequence[Record], title: str, values: Any) -> str:
-    heads = ["run", "seeds", *METRICS, "seconds"]
-    lines = [f"**{title}** (mean over seeds, ± 95 % interval)", "", "| " + " | ".join(heads) + " |"]
-    lines.append("|" + "---|" * len(heads))
+    lines = _head(title, ["run", "seeds", *METRICS, "seconds"])
     first = runs[0]["before"]
     lines.append(f"| base | | {' | '.join(_number(first[name], None) for name in METRICS)} | |")
     for label, group in by_label(runs).items():

@@ -76,6 +76,23 @@ def test_table_and_figures(finished, tmp_path):
     assert "accuracy_against_images.png" not in {path.name for path in paths}  # there is none to show
 
 
+def test_differences_are_paired_by_seed(finished):
+    """Seeds 0 to 2 of the one gain 1, 2, 9 and of the other 2, 3.5, 9.5: +1, +1.5, +0.5 whatever the seeds do."""
+    run = comparison.record(finished, "adrpo")
+    runs = [
+        {**run, "label": label, "seed": seed, "after": values(reward)}
+        for label, rewards in (("adrpo", (1.0, 2.0, 9.0)), ("awm", (2.0, 3.5, 9.5)), ("new", ()))
+        for seed, reward in enumerate(rewards)
+    ]
+    runs.append({**run, "label": "new", "seed": 7, "after": values(5.0)})
+    lines = comparison.table(runs).splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith("**Less adrpo, seed by seed**"))
+    half = 4.302653 * 0.5 / math.sqrt(3)  # Student's t with 2 degrees of freedom
+    cells = [cell.strip() for cell in lines[start + 4].split("|")]
+    assert cells[1:5] == ["awm", "3", f"1.000 ± {half:.3f}", ""]
+    assert lines[start + 5].startswith("| new | 0 |  |")  # no seed in common
+
+
 def test_members_are_every_combination():
     args, options = compare.parse(
         ["--objectives", "adrpo,raft", "--seeds", "0,1", "--sweep", "train.learning_rate=1e-3,2e-3", "--epochs", "1"]
