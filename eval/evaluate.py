@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from sd3_adrpo import cli, plan
+from sd3_adrpo import cli, prompt_choice
 from sd3_adrpo import optional_metrics as optional
 from sd3_adrpo.config import Config
 from sd3_adrpo.errors import UserError, exit_code
@@ -86,9 +86,9 @@ def _reward_options(words: list[str]) -> tuple[list[str], list[str]]:
 def choose_prompts(config: Config, file: str | None) -> tuple[list[Prompt], dict[str, Any]]:
     """The prompts, and where they are from."""
     if file is None:
-        _, test, description = plan.resolve_prompts(config)
+        _, test, description = prompt_choice.resolve_prompts(config)
         return test, description["test"]
-    path = plan.find_prompts(file)
+    path = prompt_choice.find_prompts(file)
     prompts = read_prompts(path)
     return prompts, {"file": str(path), "part": "all", "sha256": file_hash(path), "prompts": len(prompts)}
 

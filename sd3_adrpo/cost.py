@@ -10,6 +10,7 @@ from typing import Any
 
 from .config import Config
 from .model_files import ModelFiles
+from .objective import trained_samples
 
 CALLS_PER_STEP = {"euler": 1, "heun": 2, "midpoint": 2}
 # of a measured matrix product's speed in that type: on a CPU a whole epoch as measured on the built-in world (products
@@ -75,7 +76,7 @@ def epoch_flops(config: Config, model: ModelFiles) -> float:
     frozen = guided * len(config.objective.needs) * (1 if train.reuse_noise else train.inner_epochs)
     backward = BACKWARD if config.finetune == "lora" else 2
     trained = (guided + backward + train.gradient_checkpointing) * train.inner_epochs
-    passes += train.sigmas_per_sample * (frozen + trained)
+    passes += train.sigmas_per_sample * (frozen + trained) * trained_samples(config) / images
     one = forward_flops(model.config, tokens_of(config, model))
     return images * (passes * one + decoder_flops(model.vae_config, rollout.height, rollout.width))
 

@@ -66,6 +66,19 @@ def detached(**metrics: Tensor) -> dict[str, Tensor]:
     return {name: value.detach() for name, value in metrics.items()}
 
 
+def trained_samples(config: Any) -> int:
+    """Of an epoch's images, how many one pass trains on, pairs counted twice."""
+    units = config.rollout.prompts_per_epoch * config.objective.units_per_group(config.rollout.samples_per_prompt)
+    return units * config.objective.members
+
+
+def updates_per_pass(config: Any, processes: int = 1) -> int:
+    """Those samples over what an update of all processes takes; every process has at least a unit in each."""
+    samples, train = trained_samples(config), config.train
+    updates = round(samples / (train.batch_size * train.gradient_accumulation_steps * processes))
+    return max(1, min(updates, samples // config.objective.members // processes))
+
+
 def check_rollout(config: Any, processes: int = 1) -> None:
     """UserError where the rollout's options cannot serve the objective on so many processes."""
     objective, rollout = config.objective, config.rollout

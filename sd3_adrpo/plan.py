@@ -5,19 +5,19 @@ from __future__ import annotations
 import os
 import shutil
 import textwrap
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from . import prompts as prompt_files
 from .checkpoint import find_checkpoint
 from .config import Config
 from .cost import CALLS_PER_STEP, FRACTION_OF_PEAK, epoch_flops, memory
 from .errors import UserError
 from .machine import installed_memory, matrix_speed
 from .model_files import ModelFiles, inspect_model
-from .prompts import Prompt, file_hash, held_out, read_prompts
+from .objective import trained_samples, updates_per_pass
+from .prompt_choice import resolve_prompts
+from .prompts import Prompt
 
 KEPT_CHECKPOINTS = 3  # two that stay and the one being written
 POSITIVE = {
@@ -70,67 +70,6 @@ def check(config: Config) -> Plan:
         ("output", str(output or "a new dated folder under runs/")),
     ]
     return Plan(train, test, description, model, lines)
-
-
-def resolve_prompts(config: Config) -> tuple[list[Prompt], list[Prompt], dict[str, Any]]:
-    """(train, test, description of both). A file that is not in the working folder is looked for in prompts/.
-
-    The held-out fifth is drawn by `eval.seed`, not by `seed`: runs of several seeds are measured on the same prompts.
-    """
-    pairs = getattr(config.objective, "pairs_file", None)
-    if pairs and config.prompts:
-        raise UserError(f"the prompts come from objective.pairs_file {pairs}: leave out --prompts {config.prompts}")
-    builtin = config.model == "shapes" and config.prompts is None
-    if pairs:
-        return _resolve_pairs(Path(pairs), config, builtin)
-    if config.prompts is None and not builtin:
-        raise UserError(f"{config.model} needs --prompts FILE (prompts/README.md lists what comes with the program)")
-    path = find_prompts("shapes_rl.csv" if builtin else config.prompts)
-    train = read_prompts(path)
-    if config.test_prompts or builtin:
-        test_path, source = find_prompts(config.test_prompts or "shapes_test.csv"), "all"
-        test = read_prompts(test_path)
-    else:
-        (train, test), test_path = held_out(train, config.eval.seed), path
-        source = "a held-out fifth" if len(test) < len(train) else "all"  # under ten prompts are both
-    described = {
-        "train": {"file": _shown(path), "part": "the rest" if source == "a held-out fifth" else "all"},
-        "test": {"file": _shown(test_path), "part": source},
-    }
-    for part, prompts, file in (("train", train, path), ("test", test, test_path)):
-        categories = Counter(prompt.category for prompt in prompts if prompt.category)
-        described[part] |= {"sha256": file_hash(file), "prompts": len(prompts)}
-        described[part]["categories"] = dict(categories)
-    described["test"]["also_trained_on"] = len({prompt.text for prompt in train} & {prompt.text for prompt in test})
-    return train, test, described
-
-
-def _resolve_pairs(path: Path, config: Config, builtin: bool) -> tuple[list[Prompt], list[Prompt], dict[str, Any]]:
-    from .pairs import as_prompts, read_pairs  # late: loads torch
-
-    train = as_prompts(read_pairs(path))
-    if config.test_prompts is None and not builtin:
-        raise UserError("objective.pairs_file needs --test_prompts FILE: what shall the policy be measured on?")
-    test_path = find_prompts(config.test_prompts or "shapes_test.csv")
-    test = read_prompts(test_path)
-    described = {"train": {"file": _shown(path), "part": "all"}, "test": {"file": _shown(test_path), "part": "all"}}
-    for part, prompts, file in (("train", train, path), ("test", test, test_path)):
-        described[part] |= {"sha256": file_hash(file), "prompts": len(prompts), "categories": {}}
-    described["test"]["also_trained_on"] = len({prompt.text for prompt in train} & {prompt.text for prompt in test})
-    return train, test, described
-
-
-def _shown(path: Path) -> str:
-    """Short for a shipped file, so that a run's summary does not name the folder of somebody's computer."""
-    shipped = path.resolve().is_relative_to(prompt_files.PROMPTS_DIR.resolve())
-    return f"prompts/{path.name}" if shipped else str(path)
-
-
-def find_prompts(name: str) -> Path:
-    """A prompt file by its path, else by its name in prompts/. Whether it exists is not asked."""
-    path = Path(name).expanduser()
-    shipped = prompt_files.PROMPTS_DIR / name
-    return shipped if not path.exists() and shipped.is_file() else path
 
 
 def _check_numbers(config: Config) -> None:
@@ -196,8 +135,8 @@ def _trained(config: Config, model: ModelFiles) -> tuple[int, tuple[str, str]]:
 def _work(config: Config) -> str:
     rollout, train = config.rollout, config.train
     images = rollout.prompts_per_epoch * rollout.samples_per_prompt
-    per_update = train.batch_size * train.gradient_accumulation_steps
-    updates = train.inner_epochs * max(1, round(images / per_update))
+    trained = trained_samples(config)
+    some = f" of the {trained} trained on" if trained < images else ""
     guided = 2 if rollout.guidance_scale != 1 else 1
     sampling = rollout.num_inference_steps * CALLS_PER_STEP[rollout.solver] * guided
     draws = train.sigmas_per_sample * train.inner_epochs
@@ -205,8 +144,9 @@ def _work(config: Config) -> str:
     guided = ", each guided: one more" if train.guidance_scale != 1 else ""
     return (
         f"{images} images ({rollout.prompts_per_epoch} prompts x {rollout.samples_per_prompt}) of {rollout.width} x "
-        f"{rollout.height}, {updates} updates on one process; forward passes per image: {sampling} to sample, {frozen} "
-        f"for the reference, {draws} with backward{guided}; {config.epochs} epochs"
+        f"{rollout.height}, {train.inner_epochs * updates_per_pass(config)} updates on one process; forward passes per "
+        f"image: {sampling} to sample,{some} {frozen} for the reference, {draws} with backward{guided}; "
+        f"{config.epochs} epochs"
     )
 
 

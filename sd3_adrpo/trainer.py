@@ -15,7 +15,7 @@ from .base_cache import BaseCache
 from .collect import Collector
 from .draws import Draws, fresh_noise, path_steps
 from .flat_rewards import FlatRewards
-from .objective import check_rollout
+from .objective import check_rollout, updates_per_pass
 from .optimizers import make_optimizer
 from .parallel import any_process, share, sum_gradients
 from .rollout import training_velocity
@@ -61,12 +61,7 @@ class Trainer:
 
     @property
     def updates_per_pass(self) -> int:
-        """The objective's samples over those of an update of all processes."""
-        train, rollout = self.config.train, self.config.rollout
-        units = rollout.prompts_per_epoch * self.objective.units_per_group(rollout.samples_per_prompt)
-        per_update = train.batch_size * train.gradient_accumulation_steps * self.accelerator.num_processes
-        updates = round(units * self.objective.members / per_update)
-        return max(1, min(updates, units // self.accelerator.num_processes))
+        return updates_per_pass(self.config, self.accelerator.num_processes)
 
     def stop_on_signals(self) -> None:
         """From now on SIGINT and SIGTERM end the loop at the next update instead of at once."""

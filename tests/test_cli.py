@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import train_sd3
-from sd3_adrpo import cli, plan, shapes
+from sd3_adrpo import cli, plan, prompt_choice, shapes
 from sd3_adrpo.config import Config, EvalConfig, LoraConfig, RolloutConfig, TrainConfig
 from sd3_adrpo.errors import UserError
 from sd3_adrpo.objectives.adrpo import Adrpo
@@ -184,7 +184,7 @@ def test_every_program_says_its_own_name(tmp_path: Path, capsys: pytest.CaptureF
 
 
 def test_prompts_of_the_built_in_world() -> None:
-    train, test, description = plan.resolve_prompts(cli.parse([]))
+    train, test, description = prompt_choice.resolve_prompts(cli.parse([]))
     assert description["train"]["file"].endswith("shapes_rl.csv") and description["train"]["prompts"] == len(train)
     assert description["test"]["file"].endswith("shapes_test.csv") and description["test"]["also_trained_on"] == 0
     assert sum(description["test"]["categories"].values()) == len(test)
@@ -193,13 +193,13 @@ def test_prompts_of_the_built_in_world() -> None:
 def test_prompts_of_the_user(tmp_path: Path) -> None:
     """The user's own are split, the same way for every training seed; shipped files are found by their name."""
     file = write(tmp_path / "mine.txt", "".join(f"a cat {i}\n" for i in range(20)))
-    train, test, description = plan.resolve_prompts(cli.parse(["--prompts", file]))
+    train, test, description = prompt_choice.resolve_prompts(cli.parse(["--prompts", file]))
     assert (len(train), len(test)) == (16, 4) and not {p.text for p in train} & {p.text for p in test}
     assert description["test"]["part"] == "a held-out fifth"
-    assert plan.resolve_prompts(cli.parse(["--prompts", file, "--seed", "5"]))[1] == test
-    given = plan.resolve_prompts(cli.parse(["--prompts", file, "--test_prompts", "raft_style.txt"]))
+    assert prompt_choice.resolve_prompts(cli.parse(["--prompts", file, "--seed", "5"]))[1] == test
+    given = prompt_choice.resolve_prompts(cli.parse(["--prompts", file, "--test_prompts", "raft_style.txt"]))
     assert len(given[0]) == 20 and given[2]["test"]["file"].endswith("raft_style.txt")
-    few = plan.resolve_prompts(cli.parse(["--prompts", write(tmp_path / "few.txt", "a\nb\n")]))
+    few = prompt_choice.resolve_prompts(cli.parse(["--prompts", write(tmp_path / "few.txt", "a\nb\n")]))
     assert few[0] == few[1] and few[2]["test"]["also_trained_on"] == 2
 
 
@@ -212,6 +212,9 @@ def test_plan_counts(builtin: Path) -> None:
     text = " ".join(text.split())
     assert "12 images (3 prompts x 4) of 64 x 64, 12 updates" in text
     assert "20 to sample, 6 for the reference, 6 with backward" in text
+    raft = ["--objective=raft", "--objective.keep=1", "--train.sigmas_per_sample=3"]  # the best of each prompt's 4
+    text = " ".join(str(plan.check(cli.parse([*rollout, *train, *raft]))).split())
+    assert "12 images (3 prompts x 4) of 64 x 64, 4 updates" in text and "of the 3 trained on" in text
 
 
 def test_lora_parameters_are_peft_s(builtin: Path) -> None:
