@@ -47,7 +47,6 @@ class TrainConfig:
     guidance_scale: float = 1.0  # of the velocities that are trained, and of their references; 1: no guidance
     sigma_shift: float = 3.0  # training sigmas: stratified uniform, then shifted as SD3's grid; not in the paper
     sigma_max: float = 1.0  # no training sigma lies above; there may be no signal there (docs/tuning.md)
-    paired_noise: bool = False  # a prompt's samples share sigmas, noise and update: what they have in common cancels
     optimizer: Literal["adamw", "adamw_8bit"] = "adamw"  # 8-bit moments need torchao; for full fine-tuning
     learning_rate: float = 3e-4  # of AdamW, after the warm-up
     adam_beta1: float = 0.9  # decay of the gradient's running mean

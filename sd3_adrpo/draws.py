@@ -73,13 +73,12 @@ def fresh_noise(
     shape: tuple[int, ...],
     names: tuple,
     highest: float = 1.0,
-    shared_by: int = 1,
 ) -> Draws:
     """Sigmas and noise by the number of a unit's first sample among all `samples`, whatever batch or process it is in.
 
-    `names` name the draw (seeds.py). So many consecutive samples share theirs.
+    `names` name the draw (seeds.py).
     """
-    first = units[:, 0] // shared_by * shared_by
+    first = units[:, 0]
     sigma = stratified_sigmas(samples, draws, shift, generator_for(*_named("sigma", names)), highest)[first]
     seeds = [seed_for(*_named("noise", names), number) for number in first.tolist()]
     return Draws(units, sigma, seeded_noise(seeds, (draws, *shape)))

@@ -175,20 +175,14 @@ class Trainer:
     def order(self, count: int) -> Tensor:
         """The units (count,) in the order of the current pass."""
         seed, *names = self._names
-        generator = generator_for(seed, "order", *names)
-        if not self.config.train.paired_noise:
-            return torch.randperm(count, generator=generator)
-        whole = self.objective.units_per_group(self.config.rollout.samples_per_prompt)  # prompts stay together
-        groups = torch.randperm(count // whole, generator=generator)
-        return (groups[:, None] * whole + torch.arange(whole)).flatten()
+        return torch.randperm(count, generator=generator_for(seed, "order", *names))
 
     def _draw(self, units: Tensor) -> Draws:
         train, names = self.config.train, self._names
         if self.objective.noise_level:
             return path_steps(units, self.collector.sigmas, train.sigmas_per_sample, names)
         count, shift = train.sigmas_per_sample, train.sigma_shift
-        shared_by = self.config.rollout.samples_per_prompt if train.paired_noise else 1
-        return fresh_noise(units, self.samples, count, shift, self.shape, names, train.sigma_max, shared_by)
+        return fresh_noise(units, self.samples, count, shift, self.shape, names, train.sigma_max)
 
     @torch.no_grad()
     def _freeze(self, draws: Draws) -> None:
