@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from . import cli
 from .config import Config
 from .errors import UserError, exit_code
-from .loading import run_of
+from .loading import present_lora, run_of
 from .prompts import PROMPTS_DIR, Prompt, read_prompts
 
 if TYPE_CHECKING:
@@ -157,6 +157,8 @@ def run(args: argparse.Namespace, config: Config) -> Path:
     prompts = choose_prompts(args.prompts, config)
     if args.output and args.output.exists():
         raise UserError(f"--output {args.output} exists already: give another name, or move it away")
+    if args.lora:
+        present_lora(args.lora)
     print(f"loading {config.model}", flush=True)
     from .loading import load_lora, load_model  # here and not above: they load for seconds
 
