@@ -69,17 +69,19 @@ def parse(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, Config
 
 def _weight(text: str) -> float:
     low, high = WEIGHTS
-    value = float(text)
+    try:
+        value = float(text)
+    except ValueError:
+        value = float("nan")
     if not low <= value <= high:
         raise argparse.ArgumentTypeError(f"{text} is not between {low:g} and {high:g}")
     return value
 
 
 def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not positive")
-    return value
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is no positive number of pictures")
+    return int(text)
 
 
 def choose_prompts(texts: Sequence[str], config: Config) -> list[Prompt]:
