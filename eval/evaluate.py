@@ -22,7 +22,7 @@ from sd3_adrpo import optional_metrics as optional
 from sd3_adrpo.config import Config
 from sd3_adrpo.errors import UserError, exit_code
 from sd3_adrpo.geneval import check_geneval, write_geneval
-from sd3_adrpo.loading import run_of
+from sd3_adrpo.loading import present_lora, run_of
 from sd3_adrpo.prompts import Prompt, file_hash, read_prompts
 from sd3_adrpo.provenance import versions
 
@@ -62,7 +62,7 @@ def parse(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, Config
     args, unknown = parser.parse_known_args(argv)
     rewards, unknown = _reward_options(unknown)
     if unknown:
-        names = [*OPTIONS, *(action.dest for action in parser._actions)]
+        names = [*OPTIONS, *(action.dest for action in parser._actions), "reward", "watch"]
         parser.error(f"unknown option {unknown[0]}{cli.nearest(unknown[0].lstrip('-'), names, '--')}")
     given = {target: getattr(args, name) for name, (target, _) in OPTIONS.items() if getattr(args, name) is not None}
     if args.lora and "config" not in given:
@@ -119,9 +119,13 @@ def check(args: argparse.Namespace, config: Config) -> Task:
             raise UserError(f"{name} is {getattr(config.eval, name)}; it must be at least 1")
     prompts, description = choose_prompts(config, args.prompts)
     folder, names = output_folder(args.output_dir), optional.parse_names(args.metrics)
-    files = optional.check_reference(args.reference_images) if args.reference_images else []
+    files = optional.check(names, args.reference_images, len(prompts) * config.eval.samples_per_prompt)
     if args.geneval_dir:
         check_geneval(prompts, args.geneval_dir)
+    if args.lora:
+        present_lora(args.lora)
+    for reward in (config.reward, *([] if config.watch.name == "none" else [config.watch])):
+        plan.check_reward(reward, prompts)
     return Task(prompts, description, folder, names, files)
 
 
@@ -141,6 +145,9 @@ def run(args: argparse.Namespace, config: Config) -> Path:
     model = load_model(config)
     path = load_lora(model, args.lora) if args.lora else None
     scorer, embedder = Scoring.load(config, model.device), evaluation.load_embedder(config, model.device)
+    embeds = embedder or scorer.embedder
+    optional.prepare(task.metrics, embeds, args.dino_model, str(model.device))
+    reference = optional.embed_files(task.files, embeds) if task.files else None
     policy = evaluation.LoadedLora(model) if path else None
     extras = {"embedder": embedder, "dino": args.dino_model, "accelerator": accelerator}
     measured = measure(task, config, policy, model, scorer, **extras)
@@ -157,7 +164,8 @@ def run(args: argparse.Namespace, config: Config) -> Path:
         **measured.summary(),
         **scorer.compared(measured.before.scores, getattr(measured.after, "scores", None), measured.before.prompt),
     }
-    if distances := compare_sets(task.metrics, measured, task.files, embedder or scorer.embedder):
+    sides = {"before": measured.before} | ({"after": measured.after} if policy else {})
+    if distances := optional.compare_sets(task.metrics, sides, reference, embeds):
         summary["distances"] = distances
     write(task, measured, summary, args.geneval_dir)
     return task.folder / RESULT
@@ -199,28 +207,6 @@ def write(task: Task, measured: Any, summary: dict[str, Any], geneval: Path | No
     result.write_text(json.dumps(summary, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     print_tables(summary)
     print(f"\nlook at {picture}; the numbers are in {result}")
-
-
-def compare_sets(names: Sequence[str], measured: Any, files: list[Path], embedder: Any) -> dict[str, Any]:
-    """Distances of base and LoRA from the reference images, or of the LoRA's images from the base's; {} for none."""
-    names = [name for name in names if name in optional.DISTANCES]
-    sides = {"before": measured.before, "after": measured.after}
-    if not files:
-        sides.pop("before")
-    sides = {phase: one for phase, one in sides.items() if one is not None}
-    if not names or not sides:
-        return {}
-    if not hasattr(embedder, "embed_images"):
-        raise UserError(f"{names[0]} needs image embeddings: give a CLIP by --embedder and --embedder_pretrained")
-    reference = optional.embed_files(files, embedder) if files else embedder.embed_images(measured.before.images).cpu()
-    about = {
-        "features": embedder.encoder,
-        "reference": f"{len(reference)} {'images' if files else 'images of the base'}",
-    }
-    return about | {
-        phase: optional.set_distances(names, embedder.embed_images(one.images).cpu(), reference)
-        for phase, one in sides.items()
-    }
 
 
 def print_tables(summary: dict[str, Any]) -> None:

@@ -113,7 +113,7 @@ def serve(args: argparse.Namespace, options: Sequence[str]) -> RewardServer:
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         return RewardServer((args.host, args.port), Scoring.load(config, args.device), token, args.max_mb)
-    except OSError as error:
+    except (OSError, OverflowError) as error:  # the latter of a port over 65535
         raise UserError(f"cannot listen on {args.host}:{args.port} ({error}): take another --port") from error
 
 

@@ -127,3 +127,6 @@ class Config:
     def __post_init__(self) -> None:
         if getattr(self.objective, "pairs_file", None):
             self.rollout.samples_per_prompt = 2  # the chosen and the rejected image
+        for name in ("reward_timeout", "reward_retries"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be 0 or more")

@@ -9,6 +9,8 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .errors import UserError
+
 if TYPE_CHECKING:
     from .config import Config
     from .models.sd3 import SD3
@@ -23,6 +25,14 @@ def find_lora(source: str | Path) -> Path:
     if (path / "lora" / WEIGHTS).is_file():
         return path / "lora" / WEIGHTS
     return path / WEIGHTS if path.is_dir() else path
+
+
+def present_lora(source: str | Path) -> Path:
+    """`find_lora`, once the file is there. UserError; a base model takes minutes to load, so ask before."""
+    path = find_lora(source)
+    if not path.is_file():
+        raise UserError(f"no LoRA at {source}: expected {WEIGHTS} in that folder, or the path of such a file")
+    return path
 
 
 def run_of(source: str | Path) -> Path | None:

@@ -59,8 +59,8 @@ def check(config: Config) -> Plan:
         ("prompts", _describe(description["train"])),
         ("test prompts", _describe(description["test"])),
         ("model", _describe_model(model)),
-        ("reward", _check_reward(config.reward, train + test)),
-        *([] if config.watch.name == "none" else [("watch", _check_reward(config.watch, train + test))]),
+        ("reward", check_reward(config.reward, train + test)),
+        *([] if config.watch.name == "none" else [("watch", check_reward(config.watch, train + test))]),
         ("objective", str(config.objective)),
         trained,
         ("epoch", _work(config)),
@@ -95,7 +95,7 @@ def _output(config: Config) -> Path | None:
     return folder
 
 
-def _check_reward(reward: Any, prompts: list[Prompt]) -> str:
+def check_reward(reward: Any, prompts: list[Prompt]) -> str:
     """One line about it; raises UserError when its model is not there or it cannot judge the prompts."""
     if hasattr(reward, "check_prompts"):
         reward.check_prompts(prompts)

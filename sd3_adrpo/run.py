@@ -84,6 +84,7 @@ class Run:
             self._say(f"resumed from {self.resumed}, epoch {self.trainer.epoch} of {self.config.epochs}")
         else:
             check_learning(self.policy, self.config.objective, self.trainer.condition, self.trainer.shape)
+            self._write({"kind": "scores", **self.scorer.units})  # what the names in the log mean
         before = self.judge.before(bool(self.resumed), self.base_cache)
         self._start_trackers()
         self.trainer.stop_on_signals()
@@ -183,12 +184,16 @@ class Run:
         if not self.main:
             return
         step = epoch * self.config.train.inner_epochs * self.trainer.updates_per_pass
-        with open(self.folder / "metrics.jsonl", "a") as file:
-            for number, update in enumerate(updates):
-                file.write(json.dumps({"kind": "update", "epoch": epoch, "step": step + number, **update}) + "\n")
-                self.accelerator.log({f"train/{name}": value for name, value in update.items()}, step + number)
-            file.write(json.dumps({"kind": "epoch", "epoch": epoch, **metrics}) + "\n")
+        rows = [{"kind": "update", "epoch": epoch, "step": step + n, **update} for n, update in enumerate(updates)]
+        self._write(*rows, {"kind": "epoch", "epoch": epoch, **metrics})
+        for number, update in enumerate(updates):
+            self.accelerator.log({f"train/{name}": value for name, value in update.items()}, step + number)
         self.accelerator.log({f"epoch/{name}": value for name, value in metrics.items()}, step + len(updates))
+
+    def _write(self, *records: dict[str, Any]) -> None:
+        if self.main:
+            with open(self.folder / "metrics.jsonl", "a") as file:
+                file.writelines(json.dumps(record) + "\n" for record in records)
 
     # saving
 
@@ -201,7 +206,7 @@ class Run:
 
     def _start_trackers(self) -> None:
         if self.accelerator.log_with:
-            self.accelerator.init_trackers("tensorboard")
+            self.accelerator.init_trackers("tensorboard", config=self.scorer.units)
 
     def _finish(self, before: Measurement) -> dict[str, Any]:
         after = self.judge.after(self.trainer.epoch, before)

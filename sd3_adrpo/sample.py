@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from . import cli
 from .config import Config
 from .errors import UserError, exit_code
-from .loading import run_of
+from .loading import present_lora, run_of
 from .prompts import PROMPTS_DIR, Prompt, read_prompts
 
 if TYPE_CHECKING:
@@ -69,17 +69,19 @@ def parse(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, Config
 
 def _weight(text: str) -> float:
     low, high = WEIGHTS
-    value = float(text)
+    try:
+        value = float(text)
+    except ValueError:
+        value = float("nan")
     if not low <= value <= high:
         raise argparse.ArgumentTypeError(f"{text} is not between {low:g} and {high:g}")
     return value
 
 
 def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not positive")
-    return value
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is no positive number of pictures")
+    return int(text)
 
 
 def choose_prompts(texts: Sequence[str], config: Config) -> list[Prompt]:
@@ -157,6 +159,8 @@ def run(args: argparse.Namespace, config: Config) -> Path:
     prompts = choose_prompts(args.prompts, config)
     if args.output and args.output.exists():
         raise UserError(f"--output {args.output} exists already: give another name, or move it away")
+    if args.lora:
+        present_lora(args.lora)
     print(f"loading {config.model}", flush=True)
     from .loading import load_lora, load_model  # here and not above: they load for seconds
 

@@ -5,6 +5,9 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
+import sys
+import types
+import urllib.error
 from pathlib import Path
 
 import pytest
@@ -177,6 +180,56 @@ def test_command_measures_more_on_request(tiny_sd3, model, tmp_path, command, mo
     capsys.readouterr()
     assert command([*arguments, f"--output_dir={tmp_path / 'new'}", "--metrics=vendy"]) == 1
     assert "'vendy' is not known" in capsys.readouterr().err
+
+
+def test_command_measures_with_a_dino_of_a_folder(tiny_sd3, tmp_path, command, monkeypatch):
+    from transformers import Dinov2Config, Dinov2Model
+
+    monkeypatch.setattr("sd3_adrpo.rewards.clip.ClipReward.load", lambda *_: Scorer())
+    config = Dinov2Config(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=224, patch_size=14)
+    Dinov2Model(config).save_pretrained(tmp_path / "dino")
+    arguments = [*_arguments(tiny_sd3, tmp_path), "--metrics=dino_diversity", f"--dino_model={tmp_path / 'dino'}"]
+    assert command(arguments) == 0
+    stored = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    assert 0 < stored["before"]["dino_diversity"] < 1
+    assert stored["categories"]["overall"]["dino_diversity"]["before"]["stderr"] > 0
+
+
+class _NoWeights(types.ModuleType):
+    """A package lpips whose AlexNet cannot be downloaded."""
+
+    def LPIPS(self, **_):  # noqa: N802
+        raise urllib.error.URLError("no route to host")
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        (["--metrics=dino_diversity", "--dino_model=nowhere"], "dino_diversity: nowhere does not load"),
+        (["--metrics=lpips_diversity"], "no route to host>. Bring https://download.pytorch.org/"),
+        (["--metrics=vendi"], "vendi needs image embeddings: give a CLIP by --embedder"),
+        (["--metrics=cmmd", "--reference_images=pictures"], "b.png is no image"),
+        (["--metrics=vendi", "--reference_images=pictures"], "is for the metrics cmmd, kid, fid"),
+        (["--metrics=fid", "--prompts=one.txt", "--samples_per_prompt=1"], "fid compares sets of images"),
+        (["--lora=nowhere"], "no LoRA at nowhere"),
+        (["--reward=shapes"], "the reward shapes cannot judge 'a cat'"),
+        (["--watch=shapes"], "the reward shapes cannot judge 'a cat'"),
+        (["--reward.quality=0"], "quality is 0; it must be from 1 to 100"),
+    ],
+)
+def test_what_is_missing_is_said_before_an_image_is_drawn(
+    extra, message, tiny_sd3, tmp_path, command, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "lpips", _NoWeights("lpips"))
+    monkeypatch.setattr("sd3_adrpo.evaluation.evaluate", lambda *_, **__: pytest.fail("an image was drawn"))
+    (tmp_path / "pictures").mkdir()
+    Image.new("RGB", (8, 8)).save("pictures/a.png")
+    (tmp_path / "pictures" / "b.png").write_text("no picture")
+    (tmp_path / "one.txt").write_text("a red circle\n")
+    arguments = [one for one in _arguments(tiny_sd3, tmp_path) if not one.startswith("--reward")]
+    assert command([*arguments, *([] if "--reward=shapes" in extra else ["--reward=jpeg"]), *extra]) == 1
+    assert message in capsys.readouterr().err
 
 
 def test_diversity_does_not_depend_on_the_reward(model):

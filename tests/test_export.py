@@ -13,6 +13,7 @@ from diffusers import StableDiffusion3Pipeline
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from sd3_adrpo.errors import UserError
 from sd3_adrpo.export import (
     ExportError,
     check_lora,
@@ -237,7 +238,7 @@ def test_truncated_file(trained, tmp_path, keep):
 
 
 def test_missing_lora(trained, tmp_path):
-    with pytest.raises(ExportError, match="no LoRA at"):
+    with pytest.raises(UserError, match="no LoRA at"):
         check_lora(tmp_path, trained.transformer)
     with pytest.raises(ExportError, match="no LoRA named 'ema'"):
         save_lora(trained.transformer, tmp_path, adapter_name="ema")

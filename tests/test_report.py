@@ -106,6 +106,32 @@ def test_optional_metrics_scores_and_distances(tmp_path):
     assert "<h3>Distances of sets</h3>" not in page.render(found[1:])
 
 
+def test_rewards_of_other_units_have_charts_of_their_own(tmp_path):
+    clip, other = _run(tmp_path / "clip"), _run(tmp_path / "other")
+    jpeg = _run(tmp_path / "jpeg", reward="-kB, JPEG of quality 95")
+    others = ["Accuracy", "CLIP diversity", "Drift"]
+    same, mixed = sources.load([clip, other]), sources.load([clip, jpeg, other])
+    assert [chart["title"] for chart in charts.curves(same)] == ["Reward", *others]
+    found = charts.curves(mixed)
+    titles = ["Reward, 100 x cosine, shapes", "Reward, -kB, JPEG of quality 95", *others]
+    assert [chart["title"] for chart in found] == titles
+    assert "line s1" in found[1]["svg"] and "line s1" not in found[0]["svg"]  # the second run's colour
+    assert "line s0" in found[0]["svg"] and "line s2" in found[0]["svg"]
+    titles = [f"Reward against diversity, {unit}" for unit in ("100 x cosine, shapes", "-kB, JPEG of quality 95")]
+    assert [chart["title"] for chart in charts.reward_diversity(mixed)] == titles
+    assert len(charts.reward_diversity(same)) == 1
+
+
+def test_what_was_measured_on_the_way_is_a_point_of_the_curve(tmp_path):
+    folder = _run(tmp_path / "run")
+    with open(folder / "metrics.jsonl", "a") as file:
+        file.write("\n" + json.dumps({"kind": "evaluation", "epoch": 1, "reward": 31.0, "accuracy": None}) + "\n")
+    [source] = sources.load([folder])
+    assert charts._measured(source, "reward") == [(0, 26.0), (1, 31.0), (2, 27.125)]
+    assert charts._measured(source, "accuracy") == [(0, 0.5), (2, 0.625)]
+    assert "test prompts, epoch 1: 31.00" in charts.curves([source])[0]["svg"]
+
+
 def test_drift_by_noise_level(tmp_path):
     values = [{"mean": 0.001, "stderr": None}, {"mean": 0.003, "stderr": 0.0005}]
     found = sources.load([_run(tmp_path / "run", by_sigma={"sigmas": [0.9, 0.1], "w2_drift": values})])
@@ -249,6 +275,29 @@ def test_filter_and_sort(open_page, tmp_path):
     assert _titles(opened) == []
     opened.get_by_text("Show all").click()
     assert len(_titles(opened)) == 4
+
+
+@pytest.mark.parametrize("width", [390, 1280])
+def test_pictures_come_first(open_page, tmp_path, width):
+    opened = open_page(_run(tmp_path / "run"), width=width)
+    image, table = (opened.locator(name).first.bounding_box() for name in (".stage", "table"))
+    assert image["y"] + image["height"] / 2 < 900  # on the first screen
+    assert image["y"] < table["y"]
+    assert len(_titles(opened)) == (4 if width == 1280 else 2)
+    if width == 390:
+        opened.get_by_text("Show 2 more").click()
+        assert len(_titles(opened)) == 4 and not opened.locator("#more").is_visible()
+
+
+def test_prompts_without_a_value_are_sorted_last(open_page, tmp_path):
+    opened = open_page(_run(tmp_path / "run"), _run(tmp_path / "other", accuracy=False))
+    opened.select_option("#metric", "accuracy")
+    for order in ("loss", "gain"):
+        opened.select_option("#sort", order)
+        opened.select_option("#run", "1")
+        assert len(_titles(opened)) == 4  # none has a value, none is hidden
+    opened.select_option("#run", "0")
+    assert _titles(opened)[0] == "a red circle"
 
 
 @pytest.mark.parametrize("width", [390, 1280])

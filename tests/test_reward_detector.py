@@ -31,6 +31,13 @@ def _prompt(tag: str = "two_object", **record) -> Prompt:
     return Prompt("a photo", category=tag, metadata={"tag": tag, "prompt": "a photo", **record})
 
 
+def test_prompts_without_a_record_are_refused_before_anything_loads():
+    reward = DetectorReward()
+    reward.check_prompts([_prompt(include=[{"class": "cat", "count": 1}])])
+    with pytest.raises(RewardError, match="no GenEval record for the prompt 'a photo'"):
+        reward.check_prompts([_prompt(include=[{"class": "cat", "count": 1}]), Prompt("a photo")])
+
+
 def _at(x: float, y: float, size: float = 10.0, label: int = 0, score: float = 0.9) -> Detection:
     return Detection(label, score, (x - size / 2, y - size / 2, x + size / 2, y + size / 2))
 

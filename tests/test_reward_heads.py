@@ -23,6 +23,7 @@ from transformers import (
 )
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
+from sd3_adrpo.choices import dataclass_of
 from sd3_adrpo.errors import UserError
 from sd3_adrpo.rewards.aesthetic import AestheticReward
 from sd3_adrpo.rewards.image_reward import ImageRewardReward
@@ -249,6 +250,24 @@ def test_siglips_preprocessing_squeezes_as_its_pil_path_to_one_step_of_8_bits(si
 def test_without_the_hub_the_error_names_the_option(reward, option):
     with pytest.raises(UserError, match=f"reward.{option} .*does not load.*hf download"):
         reward.load()
+
+
+@pytest.mark.parametrize(
+    "name", ["pickscore", "hpsv2", "image_reward", "aesthetic", "siglip_aesthetic", "detector", "vqa"]
+)
+def test_a_path_that_is_not_there_is_found_before_anything_loads(name, tmp_path):
+    published = dataclass_of("reward", name)
+    published().describe()  # a hub id is not asked for
+    published(model=str(tmp_path)).describe()
+    for model in ("./nowhere", str(tmp_path / "nowhere"), "weights.safetensors", "a/b/c", "~/nowhere_at_all"):
+        with pytest.raises(UserError, match="reward.model '.*' is not there"):
+            published(model=model).describe()
+
+
+def test_a_head_that_is_not_there_is_found_before_anything_loads():
+    for published in (AestheticReward, SiglipAestheticReward):
+        with pytest.raises(UserError, match="reward.head 'head.pth' is not there"):
+            published(head="head.pth").describe()
 
 
 def test_an_address_that_cannot_be_reached_tells_how_to_bring_the_file(monkeypatch, tmp_path):

@@ -195,6 +195,8 @@ def script():
 def test_the_server_keeps_strangers_out(script, capsys, monkeypatch):
     assert script.main(["--host", "0.0.0.0", "--reward", "jpeg"]) == 1
     assert "needs a --token_variable" in capsys.readouterr().err
+    assert script.main(["--port", "99999", "--reward", "jpeg"]) == 1
+    assert "cannot listen on 127.0.0.1:99999" in capsys.readouterr().err
     monkeypatch.setenv("A_REWARD_TOKEN", "secret")
     from sd3_adrpo.scoring import Scoring
 

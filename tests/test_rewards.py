@@ -64,6 +64,8 @@ def test_shapes_refuses_what_it_cannot_judge():
     ShapesReward().check_prompts([Prompt("a red circle")])
     with pytest.raises(UserError, match="'a cat'.*two red circles"):
         ShapesReward().check_prompts([Prompt("a red circle"), Prompt("a cat")])
+    with pytest.raises(UserError, match="judge 'a cat': it knows"):  # of train and test prompts: said once
+        ShapesReward().check_prompts([Prompt("a cat"), Prompt("a cat")])
     scorer = ShapesReward().load()
     with pytest.raises(RewardError, match="40 x 24; it reads 64 x 64"):
         scorer(IMAGES, PROMPTS)
@@ -109,7 +111,7 @@ def test_python_finds_modules_of_the_working_folder(tmp_path, monkeypatch):
 
 def test_python_says_what_is_wrong(file, tmp_path):
     bad = tmp_path / "bad.py"
-    bad.write_text("import nothing_of_that_name\n")
+    bad.write_text("from nothing_of_that_name import score\n")
     for function, message in [
         (None, "it must be module:function"),
         ("my_reward.py", "it must be module:function"),
@@ -119,3 +121,5 @@ def test_python_says_what_is_wrong(file, tmp_path):
     ]:
         with pytest.raises(UserError, match=message):
             PythonReward(function=function).load()
+    with pytest.raises(UserError, match="has no function 'score'; it has words, pixels, records"):
+        PythonReward(function=f"{file}:score").describe()  # a dry run says so too

@@ -113,6 +113,9 @@ def test_options_follow_a_reward_into_a_mix_and_out_of_it(tmp_path):
         (["--reward", "clip,jpeg", "--reward.jpeg.target", "x"], "reward.jpeg.target is 'x'"),
         (["--reward", "clip,jpeg", "--reward.normalise", "all"], "it must be one of none, batch"),
         (["--watch.model", "x"], "unknown option --watch.model"),
+        (["--reward", "clip=0,jpeg=0"], "weighs nothing: give one a weight other than 0"),
+        (["--reward_retries", "-2"], "reward_retries is -2; it must be 0 or more"),
+        (["--reward_timeout", "-1"], "reward_timeout is -1.0; it must be 0 or more"),
     ],
 )
 def test_bad_options(argv, message, capsys):

@@ -144,7 +144,7 @@ def test_comfyui_file_is_refused_or_left_alone(trained, tmp_path):
         save_comfyui(tmp_path / "lora", tmp_path / "comfyui.pt")
     with pytest.raises(ExportError, match="exists already"):
         save_comfyui(tmp_path / "lora", tmp_path / "lora" / "pytorch_lora_weights.safetensors")
-    with pytest.raises(ExportError, match="no LoRA at"):
+    with pytest.raises(UserError, match="no LoRA at"):
         save_comfyui(tmp_path / "elsewhere", tmp_path / "new.safetensors")
     assert not (tmp_path / "new.safetensors").exists()
 

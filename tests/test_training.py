@@ -63,6 +63,7 @@ def test_a_run_leaves_what_it_promises(tmp_path, few_prompts):
     )
     assert summary["after"]["reward"] == pytest.approx(stored["after"]["reward"])
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert lines[0] == {"kind": "scores", "reward/clip": "100 x cosine, shapes"}  # units, before any number
     assert [line["kind"] for line in lines].count("update") == 8  # 2 epochs x 2 inner x 16 / 8
     assert cli.parse(["--config", str(folder / "config.yaml")]) == cli.parse(
         [*SMALL, "--prompts", few_prompts, "--output_dir", str(folder)]

@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from ..errors import UserError
-from ..loading import WEIGHTS, find_lora
+from ..loading import WEIGHTS, present_lora
 from ..models.sd3 import SD3
 from ..types import Condition
 
@@ -165,9 +165,7 @@ def check_lora(source: str | Path, transformer: nn.Module) -> Path:
 
 def _read_shapes(source: str | Path) -> tuple[Path, dict[str, tuple[int, ...]]]:
     """The file and its transformer weights' shapes by name without prefix; ExportError for another format."""
-    path = find_lora(source)
-    if not path.is_file():
-        raise ExportError(f"no LoRA at {source}: expected {WEIGHTS} in that folder, or the path of such a file")
+    path = present_lora(source)
     try:
         with safe_open(path, framework="pt") as file:
             shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}

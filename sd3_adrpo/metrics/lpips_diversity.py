@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from functools import cache
 from itertools import combinations
@@ -12,17 +13,25 @@ from torch import Tensor
 from ..errors import UserError
 from ..rewards.clip import quantise
 
+ALEXNET = "https://download.pytorch.org/models/alexnet-owt-7be5be79.pth"  # torchvision's, which lpips builds on
 Distance = Callable[[Tensor, Tensor], Tensor]  # images in [-1, 1], (n, 3, H, W) twice, to n values in any shape
 
 
 @cache
 def load_lpips(device: str = "cpu") -> Distance:
-    """LPIPS with AlexNet, version 0.1, the authors' own package and weights."""
+    """LPIPS with AlexNet, version 0.1, the authors' own package and weights. UserError where either is missing."""
     try:
         import lpips
     except ImportError:
         raise UserError("lpips_diversity needs the package lpips: pip install 'sd3_adrpo[lpips]'") from None
-    return lpips.LPIPS(net="alex", verbose=False).eval().requires_grad_(False).to(device)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torchvision's about the way in which lpips asks for AlexNet
+            return lpips.LPIPS(net="alex", verbose=False).eval().requires_grad_(False).to(device)
+    except (OSError, RuntimeError) as error:  # no network, or a download cut off
+        raise UserError(
+            f"lpips_diversity: AlexNet does not load: {error}. Bring {ALEXNET} into {torch.hub.get_dir()}/checkpoints"
+        ) from error
 
 
 @torch.no_grad()

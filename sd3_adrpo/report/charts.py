@@ -24,17 +24,30 @@ NOTES = {
 
 
 def curves(sources: Sequence[Source]) -> list[dict[str, Any]]:
-    """A chart per metric: the epochs' own samples as a line, the test prompts before and after as points."""
+    """A chart per metric: the epochs' own samples as a line, the test prompts as points, whenever they were measured.
+
+    Rewards of different units do not share one.
+    """
     charts = []
     for metric, logged in CURVES.items():
-        lines, marks = [], []
-        for index, source in enumerate(sources):
-            lines.append((index, [(r["epoch"] + 1, r[logged]) for r in source.log if r.get(logged) is not None]))
-            marks.append((index, _measured(source, metric)))
-        if any(len(line) > 1 for _, line in lines) or any(len(points) > 1 for _, points in marks):
-            note = NOTES["epochs" if any(line for _, line in lines) else "tests"]
-            charts.append({"title": title(metric), "note": note, "svg": _chart(metric, lines, marks)})
+        groups = _by_unit(sources) if metric == "reward" else {"": list(enumerate(sources))}
+        for unit, group in groups.items():
+            lines, marks = [], []
+            for index, source in group:
+                lines.append((index, [(r["epoch"] + 1, r[logged]) for r in source.log if r.get(logged) is not None]))
+                marks.append((index, _measured(source, metric)))
+            if any(len(line) > 1 for _, line in lines) or any(len(points) > 1 for _, points in marks):
+                note = NOTES["epochs" if any(line for _, line in lines) else "tests"]
+                heading = title(metric) + (f", {unit}" if len(groups) > 1 else "")
+                charts.append({"title": heading, "note": note, "svg": _chart(metric, lines, marks)})
     return charts
+
+
+def _by_unit(sources: Sequence[Source]) -> dict[str, list[tuple[int, Source]]]:
+    groups: dict[str, list[tuple[int, Source]]] = {}
+    for index, source in enumerate(sources):
+        groups.setdefault(str(source.summary.get("reward", "")), []).append((index, source))
+    return groups
 
 
 def by_sigma(sources: Sequence[Source]) -> list[dict[str, Any]]:
@@ -71,8 +84,9 @@ def _by_sigma(metric: str, heading: str, lines: Sequence[tuple[int, list[float],
 def _measured(source: Source, metric: str) -> list[Point]:
     if not source.trained or source.summary.get("epochs") is None:
         return []
-    sides = ((0, source.summary["before"]), (source.summary["epochs"], source.summary["after"]))
-    return [(epoch, side[metric]) for epoch, side in sides if side.get(metric) is not None]
+    sides = {0: source.summary["before"], **{record["epoch"]: record for record in source.evaluations}}
+    sides[source.summary["epochs"]] = source.summary["after"]
+    return [(epoch, side[metric]) for epoch, side in sorted(sides.items()) if side.get(metric) is not None]
 
 
 def _chart(metric: str, lines: list[tuple[int, list[Point]]], marks: list[tuple[int, list[Point]]]) -> Markup:
@@ -91,11 +105,19 @@ def _chart(metric: str, lines: list[tuple[int, list[Point]]], marks: list[tuple[
     return frame.svg(parts, f"{title(metric)} over epochs")
 
 
-def reward_diversity(sources: Sequence[Source]) -> Markup | None:
-    """An arrow per run from base to LoRA, diversity across, reward up, with bars of 95 % over prompts."""
-    runs = [(index, source) for index, source in enumerate(sources) if "clip_diversity" in source.metrics]
-    if not runs:
-        return None
+def reward_diversity(sources: Sequence[Source]) -> list[dict[str, Any]]:
+    """An arrow per run from base to LoRA, diversity across, reward up, with bars of 95 % over prompts; a chart for each
+    unit of reward."""
+    charts, groups = [], _by_unit(sources)
+    for unit, group in groups.items():
+        if runs := [(index, source) for index, source in group if "clip_diversity" in source.metrics]:
+            heading = "Reward against diversity" + (f", {unit}" if len(groups) > 1 else "")
+            charts.append({"title": heading, "svg": _reward_diversity(runs)})
+    return charts
+
+
+def _reward_diversity(runs: Sequence[tuple[int, Source]]) -> Markup:
+    names = {index: source.name for index, source in runs}
     ends = [(index, [_end(source, phase) for phase in ("before", "after")]) for index, source in runs]
     ends = [(index, [end for end in both if end is not None]) for index, both in ends]
     every = [value for _, both in ends for end in both for value in end]
@@ -114,7 +136,7 @@ def reward_diversity(sources: Sequence[Source]) -> Markup | None:
             parts.append(_arrow(*[tuple(map(float, place)) for place in places], colour))
         for (x, y), name in zip(places, ("base", "LoRA"), strict=False):
             fill = "hollow" if name == "base" else ""
-            tip = escape(f"{sources[index].name}, {name}")
+            tip = escape(f"{names[index]}, {name}")
             parts.append(f'<circle class="mark {colour} {fill}" cx="{x}" cy="{y}" r="5"><title>{tip}</title></circle>')
     return frame.svg(parts, "Reward against CLIP diversity, from base to LoRA")
 

@@ -128,8 +128,9 @@
     return (!category || prompt.category === category) && (!outcome || outcomes[outcome](prompt)) && prompt.text.toLowerCase().includes(words);
   }
 
-  const STEP = 24; // cards at a time: a phone gets to what follows them
-  let limit = STEP;
+  // At first a row or so, with the numbers close below; then more cards at a time.
+  const FIRST = data.runs.length > 1 ? 2 : matchMedia("(max-width: 640px)").matches ? 2 : 4, STEP = 24;
+  let limit = FIRST;
   function update() {
     const order = find("sort").value;
     const metric = find("metric").value;
@@ -138,7 +139,7 @@
       const direction = order === "gain" ? -1 : 1;
       const value = (prompt) => gain(prompt, metric) ?? -direction * Infinity; // without a value: last
       const compare = (a, b) => (value(a) === value(b) ? 0 : direction * (value(a) - value(b)));
-      shown = shown.filter((prompt) => gain(prompt, metric) !== null).sort(compare);
+      shown = shown.sort(compare);
     }
     const first = shown.slice(0, limit);
     cards.replaceChildren(...first.map(card));
@@ -146,7 +147,8 @@
     find("count").textContent = `${shown.length} of ${data.prompts.length} prompts`;
     find("none").hidden = shown.length > 0;
     find("more").hidden = shown.length <= limit;
-    find("more").textContent = `Show ${Math.min(STEP, shown.length - limit)} more of ${shown.length - limit}`;
+    const rest = shown.length - limit;
+    find("more").textContent = rest > STEP ? `Show ${STEP} more of ${rest}` : `Show ${rest} more`;
   }
 
   function view() {

@@ -40,7 +40,7 @@ def render(sources: Sequence[Source], images: int | None = None) -> str:
         references=_references(sources),
         categories=[(source, tables.categories(source)) for source in sources],
         curves=charts.curves(sources) + charts.by_sigma(sources),
-        picture=charts.reward_diversity(sources),
+        diversity=charts.reward_diversity(sources),
         facts=[(source, _facts(source)) for source in sources],
         made=time.strftime("%Y-%m-%d %H:%M"),
     )

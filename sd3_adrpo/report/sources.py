@@ -25,6 +25,7 @@ class Source:
     samples: dict[str, Any] | None
     log: list[dict[str, Any]]  # one record per epoch
     config: str | None  # config.yaml as it stands
+    evaluations: list[dict[str, Any]]  # the test prompts on the way, each with the number of epochs before it
 
     @property
     def metrics(self) -> list[str]:
@@ -60,7 +61,8 @@ def _load(folder: Path, name: str) -> Source:
         name=name,
         summary=json.loads(path.read_text(encoding="utf-8")),
         samples=load_samples(folder),
-        log=_read_log(folder / "metrics.jsonl"),
+        log=_read_log(folder / "metrics.jsonl", "epoch"),
+        evaluations=_read_log(folder / "metrics.jsonl", "evaluation"),
         config=config.read_text(encoding="utf-8") if config.is_file() else None,
     )
 
@@ -75,14 +77,14 @@ def _names(folders: Sequence[Path]) -> list[str]:
     return [f"{name} ({number})" for number, name in enumerate(names, 1)]
 
 
-def _read_log(path: Path) -> list[dict[str, Any]]:
-    """The epochs' records; an interrupted run may have cut its last line, a resumed one may repeat an epoch."""
+def _read_log(path: Path, kind: str) -> list[dict[str, Any]]:
+    """The records of a kind; an interrupted run may have cut its last line, a resumed one may repeat an epoch."""
     epochs: dict[int, dict[str, Any]] = {}
     for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
         try:
             record = json.loads(line)
         except json.JSONDecodeError:
             continue
-        if record.get("kind") == "epoch":
+        if record.get("kind") == kind:
             epochs[record["epoch"]] = record
     return [epochs[number] for number in sorted(epochs)]

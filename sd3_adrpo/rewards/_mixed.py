@@ -71,6 +71,8 @@ def parse_weights(name: str) -> dict[str, float]:
                 "as clip=1.0,ocr=0.5"
             )
         weights[key] = weight
+    if not any(weights.values()):
+        raise UserError(f"reward {name!r} weighs nothing: give one a weight other than 0, and only --watch the others")
     return weights
 
 

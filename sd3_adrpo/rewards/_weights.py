@@ -30,6 +30,20 @@ def loading(option: str, source: str) -> Iterator[None]:
         ) from error
 
 
+WEIGHT_FILES = (".pt", ".pth", ".bin", ".ckpt", ".safetensors")
+
+
+def check_source(source: str, option: str) -> None:
+    """UserError where `source` can only mean a file or folder here, and there is none. The hub is not asked."""
+    local = source.startswith((".", "/", "~")) or source.endswith(WEIGHT_FILES) or source.count("/") > 1
+    address = source.startswith(("http://", "https://"))
+    if not source or (local and not address and not Path(source).expanduser().exists()):
+        raise UserError(
+            f"reward.{option} {source!r} is not there (looked from {Path.cwd()}); give a file or folder that is, or a "
+            "hub id such as owner/name"
+        )
+
+
 def find_file(source: str, name: str, option: str) -> Path:
     """The file `name` of a folder or hub repository `source`; `source` may also be the file itself, or its URL.
 

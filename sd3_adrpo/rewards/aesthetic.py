@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from ..errors import UserError
 from ..prompts import Prompt
-from ._weights import find_file, linear_head, loading, read_state
+from ._weights import check_source, find_file, linear_head, loading, read_state
 
 if TYPE_CHECKING:
     import torch
@@ -34,6 +34,8 @@ class AestheticReward:
     batch_size: int = 32  # images per forward pass
 
     def describe(self) -> str:
+        check_source(self.model, "model")
+        check_source(self.head, "head")
         return f"{UNIT}, {self.model}"
 
     def load(self, device: str | torch.device = "cpu") -> AestheticScorer:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from ..prompts import Prompt
 from ._detection import Detection, detections, relations
-from ._weights import loading
+from ._weights import check_source, loading
 from .clip import ClipReward, RewardError
 
 if TYPE_CHECKING:
@@ -40,7 +40,13 @@ class DetectorReward:
     batch_size: int = 8  # images per forward pass
 
     def describe(self) -> str:
+        check_source(self.model, "model")
         return f"{self.unit()}, {self.model}"
+
+    def check_prompts(self, prompts: Sequence[Prompt]) -> None:
+        """UserError for a prompt without GenEval's record."""
+        for prompt in prompts:
+            clauses(prompt)
 
     def unit(self) -> str:
         return "share of checks passed, 0 to 1" if self.partial_credit else "all checks passed, 0 or 1"
@@ -83,14 +89,7 @@ class DetectorScorer:
         return score_in_batches(self._score, images, prompts, self.encoder, self.config.batch_size)
 
     def _refuse(self, prompt: Prompt) -> None:
-        record = prompt.metadata or {}
-        clauses = [*record.get("include", []), *record.get("exclude", [])]
-        if not clauses:
-            raise RewardError(
-                f"the detector reward has no GenEval record for the prompt {prompt.text!r}: give --prompts a .jsonl "
-                'file whose lines have "tag" and "include", such as GenEval\'s evaluation_metadata.jsonl'
-            )
-        unknown = [clause["class"] for clause in clauses if coco(clause["class"]) not in self.labels]
+        unknown = [clause["class"] for clause in clauses(prompt) if coco(clause["class"]) not in self.labels]
         if unknown:
             raise RewardError(
                 f"the prompt {prompt.text!r} asks for {unknown[0]!r}, which {self.encoder} does not detect; it knows "
@@ -134,6 +133,18 @@ class DetectorScorer:
         texts = [template.format(colour, name) for colour in COLOURS for template in COLOUR_TEMPLATES]
         embeddings = self.clip.embed_texts(texts).unflatten(0, (len(COLOURS), len(COLOUR_TEMPLATES)))
         return normalize(embeddings.mean(1), dim=-1)
+
+
+def clauses(prompt: Prompt) -> list[dict]:
+    """What the prompt's record includes and excludes. RewardError where there is none."""
+    record = prompt.metadata or {}
+    found = [*record.get("include", []), *record.get("exclude", [])]
+    if not found:
+        raise RewardError(
+            f"the detector reward has no GenEval record for the prompt {prompt.text!r}: give --prompts a .jsonl "
+            'file whose lines have "tag" and "include", such as GenEval\'s evaluation_metadata.jsonl'
+        )
+    return found
 
 
 def coco(name: str) -> str:

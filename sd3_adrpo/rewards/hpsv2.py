@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from ..prompts import Prompt
-from ._weights import find_file, load_strictly, read_state
+from ._weights import check_source, find_file, load_strictly, read_state
 from .clip import ClipScorer, quantise
 
 if TYPE_CHECKING:
@@ -28,6 +28,7 @@ class Hpsv2Reward:
     batch_size: int = 32  # images per forward pass
 
     def describe(self) -> str:
+        check_source(self.model, "model")
         return f"{UNIT}, HPSv2.1 of {self.model}"
 
     def load(self, device: str | torch.device = "cpu") -> Hpsv2Scorer:

@@ -146,5 +146,6 @@ class HttpScorer:
                 self.sleep(wait)
         raise RewardError(
             f"the reward server at {self.config.url} gave no scores in {retries + 1} tries, the last time: {cause}. "
-            "Start it again and go on with --resume_from_checkpoint, or raise the http reward's retries or timeout"
+            "Start the server; a run that had begun goes on with --resume_from_checkpoint. If the server only needs "
+            "longer, raise the http reward's retries or timeout"
         )

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from ..errors import UserError
 from ..prompts import Prompt
-from ._weights import find_file, linear_head, load_strictly, loading, read_state
+from ._weights import check_source, find_file, linear_head, load_strictly, loading, read_state
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -45,6 +45,8 @@ class ImageRewardReward:
     batch_size: int = 32  # images per forward pass
 
     def describe(self) -> str:
+        check_source(self.model, "model")
+        check_source(self.tokenizer, "tokenizer")
         return f"{UNIT}, ImageReward of {self.model}"
 
     def load(self, device: str | torch.device = "cpu") -> ImageRewardScorer:

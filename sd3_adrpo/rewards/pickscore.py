@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from ..prompts import Prompt
-from ._weights import loading
+from ._weights import check_source, loading
 
 if TYPE_CHECKING:
     import torch
@@ -30,6 +30,10 @@ class PickscoreReward:
     batch_size: int = 32  # images per forward pass
 
     def describe(self) -> str:
+        """UserError where a folder that is named is not there; so with all these rewards."""
+        check_source(self.model, "model")
+        if self.processor is not None:
+            check_source(self.processor, "processor")
         return f"{UNIT}, {self.model}"
 
     def load(self, device: str | torch.device = "cpu") -> PickscoreScorer:

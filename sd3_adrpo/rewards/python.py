@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import inspect
+import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -29,10 +30,16 @@ class PythonReward:
     function: str | None = None  # module:function or path/to/file.py:function
 
     def describe(self) -> str:
-        """UserError where the option has not the form or the file is not there; the code itself is not run."""
+        """UserError where the option has not the form, or the file is not there or has no such name; the code itself is
+        not run."""
         source, name = self._split()
-        if source.endswith(".py") and not Path(source).expanduser().is_file():
+        file = Path(source).expanduser()
+        if source.endswith(".py") and not file.is_file():
             raise UserError(f"the python reward's file {source} is not there (looked from {Path.cwd()})")
+        if source.endswith(".py"):
+            text = file.read_text("utf-8", "replace")
+            if name not in re.findall(r"\w+", text) and "import *" not in text:
+                raise _no_function(source, name, re.findall(r"^def (\w+)", text, re.MULTILINE))
         return f"{name} of {source}"
 
     def _split(self) -> tuple[str, str]:
@@ -55,8 +62,12 @@ class PythonReward:
         function = getattr(module, name, None)
         if not callable(function):
             names = [key for key, value in vars(module).items() if inspect.isfunction(value)]
-            raise UserError(f"{source} has no function {name!r}; it has {', '.join(names) or 'none'}")
+            raise _no_function(source, name, names)
         return PythonScorer(function, str(self.function))
+
+
+def _no_function(source: str, name: str, names: Sequence[str]) -> UserError:
+    return UserError(f"{source} has no function {name!r}; it has {', '.join(names) or 'none'}")
 
 
 def _from_name(name: str) -> ModuleType:

@@ -27,7 +27,7 @@ class ShapesReward:
         """UserError for prompts that the world's grammar has not."""
         from ..shapes.grammar import parse
 
-        outside = [repr(prompt.text) for prompt in prompts if parse(prompt.text) is None]
+        outside = list(dict.fromkeys(repr(prompt.text) for prompt in prompts if parse(prompt.text) is None))
         if outside:
             more = f" and {len(outside) - 3} more" if len(outside) > 3 else ""
             raise UserError(

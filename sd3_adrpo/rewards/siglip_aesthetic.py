@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from ._weights import loading
+from ._weights import check_source, loading
 from .aesthetic import join, load_head
 
 if TYPE_CHECKING:
@@ -31,6 +31,8 @@ class SiglipAestheticReward:
     batch_size: int = 32  # images per forward pass
 
     def describe(self) -> str:
+        check_source(self.model, "model")
+        check_source(self.head, "head")
         return f"{UNIT}, {self.model}"
 
     def load(self, device: str | torch.device = "cpu") -> AestheticScorer:

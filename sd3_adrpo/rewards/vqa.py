@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from ..errors import UserError
 from ..prompts import Prompt
-from ._weights import loading
+from ._weights import check_source, loading
 
 if TYPE_CHECKING:
     import torch
@@ -33,6 +33,7 @@ class VqaReward:
             raise ValueError(f"reward.question is {self.question!r}; it must hold {{prompt}}, where the prompt goes")
 
     def describe(self) -> str:
+        check_source(self.model, "model")
         return f'{UNIT} "{self.answer}", {self.model}'
 
     def load(self, device: str | torch.device = "cpu") -> VqaScorer:
