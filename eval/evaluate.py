@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from sd3_adrpo import cli, prompt_choice
+from sd3_adrpo import cli, plan, prompt_choice
 from sd3_adrpo import optional_metrics as optional
 from sd3_adrpo.config import Config
 from sd3_adrpo.errors import UserError, exit_code
