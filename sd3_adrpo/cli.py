@@ -1,8 +1,9 @@
 """The command line and YAML files to a `Config`; what is misspelt or ill-typed stops here, before anything heavy loads.
 
-Later wins: defaults of config.py < preset of the model < each --config in turn < the command line. `--objective NAME`
-stands for `--objective.name NAME` and picks the dataclass in objectives/NAME.py; `--reward` likewise, or several with
-`--reward clip=1.0,ocr=0.5`, whose options are `--reward.clip.model` and so on. `--watch` takes what `--reward` takes.
+Later wins: defaults of config.py < preset of the model, or the options of the run that --resume_from_checkpoint means <
+each --config in turn < the command line. `--objective NAME` stands for `--objective.name NAME` and picks the dataclass
+in objectives/NAME.py; `--reward` likewise, or several with `--reward clip=1.0,ocr=0.5`, whose options are
+`--reward.clip.model` and so on. `--watch` takes what `--reward` takes.
 """
 
 from __future__ import annotations

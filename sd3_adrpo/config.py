@@ -100,7 +100,8 @@ class Config:
     epochs: int = 100  # each samples images, then trains on them
     seed: int = 0  # of the LoRA's first weights, the prompts' order and all training noise
     output_dir: str | None = None  # None: a new dated folder under runs/
-    resume_from_checkpoint: str | None = None  # a checkpoint folder, a run folder, or "latest"
+    # a checkpoint folder, a run folder, or "latest"; the run's own options hold where no others are given
+    resume_from_checkpoint: str | None = None
     dry_run: bool = False  # check everything, print the plan and stop
     reward_timeout: float = 600.0  # seconds that a reward may take for one batch; 0: as long as it likes
     reward_retries: int = 2  # times that a reward which raised is called again, after 1 s, 2 s, ...

@@ -1,5 +1,7 @@
 """Where options come from: the model's preset, then every --config, the weakest first; the command line beats all.
 
+A run that goes on starts from its own options instead of a preset's.
+
 A layer maps dotted option names to values.
 """
 
@@ -11,9 +13,10 @@ from typing import Any
 import jsonargparse
 
 from . import rewards
+from .checkpoint import find_checkpoint
 from .choices import KINDS, Layer, available, given, hand_over, names_of, nearest, sections
 from .config import Config
-from .errors import OptionError
+from .errors import OptionError, UserError
 
 PRESETS_DIR = Path(__file__).parent / "presets"
 
@@ -30,14 +33,28 @@ def preset_for(model: str) -> str:
 
 
 def layers_of(argv: list[str]) -> list[tuple[str, Layer]]:
-    """(where it is from, options) of the preset and of each --config, the weakest first."""
+    """(where it is from, options) of the preset or the run that goes on, and of each --config, the weakest first."""
     files = given(argv, "config")
     layers = [_read(file) for file in files]
-    if not any(file in presets() and "model" in layer for file, (_, layer) in zip(files, layers, strict=True)):
+    if own := _options_of_run(argv):
+        files, layers = [own, *files], [_read(own), *layers]
+    elif not any(file in presets() and "model" in layer for file, (_, layer) in zip(files, layers, strict=True)):
         models = [layer["model"] for _, layer in layers if "model" in layer] + given(argv, "model")
         files = [preset_for(str(models[-1] if models else Config.model)), *files]
         layers.insert(0, _read(files[0]))
     return _tuned(_watched(layers, files, argv), argv)
+
+
+def _options_of_run(argv: list[str]) -> str | None:
+    """config.yaml of the run that --resume_from_checkpoint means; None without one."""
+    folders = given(argv, "output_dir")
+    for path in given(argv, "resume_from_checkpoint")[-1:]:
+        try:
+            file = find_checkpoint(path, folders[-1] if folders else None).parent.parent / "config.yaml"
+        except UserError:  # said by the plan, with all else that is wrong
+            return None
+        return str(file) if file.is_file() else None
+    return None
 
 
 def _watched(layers: list[tuple[str, Layer]], files: list[str], argv: list[str]) -> list[tuple[str, Layer]]:

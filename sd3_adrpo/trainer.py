@@ -259,4 +259,6 @@ class Trainer:
             if self.rollout.images is not None:
                 self.rollout.images = self.rollout.images[self.mine]
         if self.accelerator.num_processes == 1:
-            self.collector.done = [Rollout(**part) for part in state["sampled"]]
+            sampled = [Rollout(**part) for part in state["sampled"]]
+            known = self.scorer.scorers.keys()  # under another reward the batches are drawn again
+            self.collector.done = [part for part in sampled if part.scores.keys() == known]

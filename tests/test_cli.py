@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 import subprocess
 import sys
-from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -53,6 +53,24 @@ def test_precedence(tmp_path: Path) -> None:
     assert config.train.learning_rate == 3e-5
     second = write(tmp_path / "second.yaml", "epochs: 9\n")
     assert cli.parse(["--config", file, "--config", second]).epochs == 9
+
+
+def test_a_run_that_goes_on_has_its_own_options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run's own < file < command line, and no preset; nothing of it where the run cannot be found."""
+    monkeypatch.chdir(tmp_path)
+    state = tmp_path / "runs" / "mine" / "checkpoints" / "epoch-0001" / "state.pt"
+    state.parent.mkdir(parents=True)
+    state.touch()
+    first = cli.parse("--config study --objective dpo --seed 5 --reward clip=1,jpeg --reward.jpeg.target 3".split())
+    write(tmp_path / "runs" / "mine" / "config.yaml", cli.dump(first))
+    for path in ("latest", "runs/mine", str(state.parent)):
+        again = cli.parse(["--resume_from_checkpoint", path])
+        assert again.resume_from_checkpoint == path
+        assert dataclasses.replace(again, resume_from_checkpoint=None) == first
+    file = write(tmp_path / "my.yaml", "epochs: 7\nseed: 3\n")
+    longer = cli.parse(["--resume_from_checkpoint", "latest", "--config", file, "--epochs", "9"])
+    assert (longer.epochs, longer.seed, longer.objective) == (9, 3, first.objective)
+    assert cli.parse(["--resume_from_checkpoint", "runs/other"]).objective.name == "adrpo"  # plan.check refuses it
 
 
 @pytest.mark.parametrize("name", cli.presets())
@@ -141,7 +159,7 @@ def test_help_explains_every_option(capsys: pytest.CaptureFixture) -> None:
     assert re.search(r"--lora\.target_modules .*\n? +names of linear layers, matched by ending", text)
     for cls in (Config, RolloutConfig, TrainConfig, LoraConfig, EvalConfig, Adrpo):
         comments = option_help(cls)
-        assert [field.name for field in fields(cls) if len(comments.get(field.name, "")) < 6] == []
+        assert [field.name for field in dataclasses.fields(cls) if len(comments.get(field.name, "")) < 6] == []
 
 
 def test_dry_run_loads_no_model(builtin: Path, tiny_sd3: Path) -> None:

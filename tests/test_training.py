@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -33,7 +34,11 @@ def few_prompts(tmp_path):
 
 
 def run(*arguments: str) -> dict:
-    config = cli.parse([*SMALL, *arguments])
+    return run_as([*SMALL, *arguments])
+
+
+def run_as(argv: list[str]) -> dict:
+    config = cli.parse(argv)
     return Run(config, plan.check(config))()
 
 
@@ -245,5 +250,8 @@ def test_a_reward_that_fails_in_the_middle_of_an_epoch_costs_one_batch(tmp_path,
     state = torch.load(parts / "checkpoints" / "epoch-0001" / "state.pt", weights_only=True)
     assert [len(part["prompt"]) for part in state["sampled"]] == [8]
     switch.unlink()
-    run(*options, "--resume_from_checkpoint", str(parts))
+    shutil.copytree(parts, tmp_path / "other")
+    run_as(["--resume_from_checkpoint", str(parts)])  # its options are its own
     assert equal(lora_of(whole), lora_of(parts))
+    again = run_as(["--resume_from_checkpoint", str(tmp_path / "other"), "--reward", "jpeg", "--watch", "none"])
+    assert set(again["rewards"]) == {"jpeg"}  # the batch that has no such score is drawn again
