@@ -3,8 +3,8 @@
 Every member is a run of train_sd3.py in OUTPUT/members; options that compare.py does not know are passed on to all.
 An objective can be there more than once, with options of its own: `--objectives "adrpo,adrpo penalty=fixed"`.
 `--sweep KEY=V1,V2` runs every value of any option, several `--sweep` every combination. What is finished is kept: the
-same command goes on where it stopped, and a member that fails does not cost the others. Writes compare.json, table.md
-and figures. `--quick` is a small version of everything.
+same command goes on where it stopped, more objectives or seeds join those of the folder, and a member that fails does
+not cost the others. Writes compare.json, table.md and figures. `--quick` is a small version of everything.
 """
 
 from __future__ import annotations
@@ -141,16 +141,35 @@ def machine() -> str:
     return f"{os.cpu_count()} CPU cores, {platform.machine()}"
 
 
-def collect(chosen: Sequence[Member], failures: dict[str, str], folder: Path, command: str) -> dict[str, Any]:
-    """compare.json of all members that are finished so far."""
+def earlier(folder: Path, chosen: Sequence[Member], options: Sequence[str]) -> dict[str, Any]:
+    """`command` and `runs` that other commands left in the folder. UserError where their common options were others."""
+    path = folder / "compare.json"
+    before = json.loads(path.read_text()) if path.exists() else {"options": options, "command": [], "runs": []}
+    if before["options"] != list(options):
+        raise UserError(
+            f"{folder} holds a comparison with the options {shlex.join(before['options']) or '(none)'}: give these, or "
+            "another --output_dir"
+        )
+    now = {(member.label, member.seed) for member in chosen}
+    runs = [run for run in before["runs"] if (run["label"], run["seed"]) not in now]
+    return {"command": before["command"], "runs": runs}
+
+
+def collect(
+    chosen: Sequence[Member], failures: dict[str, str], folder: Path, about: dict[str, Any], runs: Sequence[Any]
+) -> dict[str, Any]:
+    """compare.json of all members that are finished so far, after the `runs` of earlier commands."""
     finished = [member for member in chosen if (folder / "members" / member.name / "summary.json").exists()]
     return {
-        "command": command,
+        **about,
         "machine": machine(),
         "date": time.strftime("%Y-%m-%d"),
         "runs": [
-            {**comparison.record(folder / "members" / member.name, member.label), "options": member.options}
-            for member in finished
+            *runs,
+            *(
+                {**comparison.record(folder / "members" / member.name, member.label), "options": member.options}
+                for member in finished
+            ),
         ],
         "missing": [member.name for member in chosen if member not in finished],
         "failures": failures,
@@ -169,12 +188,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     args, options = parse(argv)
     try:
         chosen = members(args, options)
+        before = earlier(args.output_dir, chosen, options)
     except (UserError, ValueError) as error:
         print(f"compare.py: error: {error}", file=sys.stderr)
         return 2
     folder, failures = args.output_dir, {}
     threads = max(1, (os.cpu_count() or 1) // args.jobs)
     command = shlex.join(["python", "eval/compare.py", *argv])
+    commands = [*(line for line in before["command"] if line != command), command]
+    about = {"command": commands, "options": options}
 
     def work(member: Member) -> None:
         failure = run(member, folder, threads)
@@ -183,14 +205,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     with ThreadPoolExecutor(args.jobs) as pool:
         for _ in tqdm(pool.map(work, chosen), total=len(chosen), desc="members", dynamic_ncols=True):
-            result = collect(chosen, failures, folder, command)
+            result = collect(chosen, failures, folder, about, before["runs"])
             (folder / "compare.json").write_text(json.dumps(result, indent=2) + "\n")
     for name, failure in failures.items():
         print(f"{name} failed, its log is {folder / 'members' / name}.log: {failure}", file=sys.stderr)
     if not result["runs"]:
         return 1
     text = comparison.table(result["runs"])
-    (folder / "table.md").write_text(f"`{command}`\n{result['machine']}, {result['date']}\n\n{text}")
+    (folder / "table.md").write_text(f"`{'`, `'.join(commands)}`\n{result['machine']}, {result['date']}\n\n{text}")
     built_in = all("--model" not in option for option in options)
     pictures = comparison.figures(result["runs"], folder, ceilings() if built_in else None)
     print(text)

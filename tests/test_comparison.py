@@ -158,3 +158,9 @@ def test_compare_keeps_what_is_finished(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "c" / "members" / "adrpo_seed0" / "summary.json").stat().st_mtime_ns == stamp
     assert len(second["runs"][0]["history"]) == 3  # the base, after the first epoch, the end
     assert set(second["runs"][0]) >= {"objective", "seed", "images", "seconds", "before", "after", "history"}
+    joined = compare.earlier(tmp_path / "c", compare.members(*compare.parse(["--seeds", "0", *options])), options)
+    assert joined["runs"] == [] and len(joined["command"]) == 1  # all of them are run, or found, again
+    only = compare.members(*compare.parse(["--objectives", "awm,raft", "--seeds", "0", *options]))
+    assert [run["label"] for run in compare.earlier(tmp_path / "c", only, options)["runs"]] == ["adrpo"]
+    assert compare.main([*command, "--epochs", "3"]) == 2
+    assert "holds a comparison with the options --rollout.prompts_per_epoch 2" in capsys.readouterr().err

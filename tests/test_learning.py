@@ -1,8 +1,8 @@
 """Objectives raise the reward of the built-in world on two prompts, the same noise before and after.
 
 RAFT and ORW-CFM-W2 only weigh samples up, so they also learn what all samples have in common: flow matching on its own
-samples, even on all of them alike, costs so small a model more than selection earns (docs/results/main). Of these two the
-tests ask for what selection adds.
+samples, even on all of them alike, costs so small a model more than selection earns (docs/results/main). Of these two
+the tests ask for what selection adds.
 """
 
 import json
