@@ -85,7 +85,8 @@ class Advantages:
         }
 
     def load_state_dict(self, state: dict) -> None:
-        self.kind = state["kind"]
+        if state["kind"] != self.kind:  # another kind is given now: its statistics begin here
+            return
         self._statistics = {key: (count, mean) for key, count, mean in state["statistics"]}
         self._squares = tuple(state["squares"])
         self._products = state["products"]

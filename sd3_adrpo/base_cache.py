@@ -18,7 +18,7 @@ import torch
 
 from .config import Config
 from .evaluation import Measurement
-from .prompts import Prompt
+from .prompts import Prompt, file_hash
 from .types import Rollout
 
 Kept = TypeVar("Kept", Rollout, Measurement)
@@ -32,6 +32,8 @@ class BaseCache:
         self.folder = Path(folder).expanduser() if folder else None
         common = [config.model, config.train.mixed_precision, _plain(config.reward), _plain(config.watch)]
         rollout = [_plain(config.rollout), config.objective.noise_level]
+        if pairs := getattr(config.objective, "pairs_file", None):
+            rollout.append(file_hash(pairs))
         self.names = {
             Rollout: _name("samples", *common, config.seed, *rollout, [prompt.text for prompt in train]),
             Measurement: _name("before", *common, _plain(config.eval), rollout[0], [prompt.text for prompt in test]),

@@ -19,10 +19,11 @@ def save_checkpoint(folder: Path, state: dict[str, Any]) -> None:
     temporary = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    with open(temporary / STATE, "wb") as file:
+    with open(temporary / f"{STATE}.partial", "wb") as file:  # not to be found before it is whole
         torch.save(state, file)
         file.flush()
         os.fsync(file.fileno())
+    os.replace(temporary / f"{STATE}.partial", temporary / STATE)
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(temporary, folder)
 
@@ -62,5 +63,5 @@ def find_checkpoint(path: str, output_dir: str | None) -> Path:
 
 def prune(folder: Path, keep: int) -> None:
     """Removes all but the newest `keep` checkpoints of a run."""
-    for old in sorted(folder.glob("epoch-*"))[:-keep]:
+    for old in sorted(path for path in folder.glob("epoch-*") if path.suffix != ".tmp")[:-keep]:
         shutil.rmtree(old, ignore_errors=True)

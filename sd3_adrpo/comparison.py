@@ -10,6 +10,8 @@ from typing import Any
 
 from scipy import stats
 
+from . import log
+
 METRICS = ("reward", "accuracy", "clip_diversity", "free_diversity", "w2_drift")
 Record = dict[str, Any]
 
@@ -17,15 +19,13 @@ Record = dict[str, Any]
 def record(folder: Path, label: str) -> Record:
     """What a comparison keeps of a finished run. `history` starts at the base and ends at the final weights."""
     summary = json.loads((folder / "summary.json").read_text())
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     per_epoch = summary["images"] / summary["epochs"]
-    spent, points = 0.0, [{"images": 0, "seconds": 0.0, **summary["before"]}]
-    for row in rows:
-        if row["kind"] == "epoch":
-            spent += row["seconds"]
-        elif row["kind"] == "evaluation":
-            values = {name: row[name] for name in METRICS}
-            points.append({"images": int(row["epoch"] * per_epoch), "seconds": spent, **values})
+    seconds = [row["seconds"] for row in log.read(folder / "metrics.jsonl", "epoch")]
+    points = [{"images": 0, "seconds": 0.0, **summary["before"]}]
+    for row in log.read(folder / "metrics.jsonl", "evaluation"):
+        values, spent = {name: row[name] for name in METRICS}, sum(seconds[: row["epoch"]])
+        points.append({"images": int(row["epoch"] * per_epoch), "seconds": spent, **values})
+    spent = sum(seconds)
     points.append({"images": summary["images"], "seconds": spent, **summary["after"]})
     kept = ("objective", "seed", "epochs", "images", "before", "after", "difference")
     early = summary["ended_early"]

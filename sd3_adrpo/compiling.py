@@ -6,6 +6,7 @@ import logging
 from contextlib import nullcontext
 
 import torch
+from torch import Tensor
 
 from .fp8 import in_float8
 from .policy import Policy
@@ -19,21 +20,22 @@ def compile_blocks(
     policy: Policy,
     condition: Condition,
     shape: tuple[int, ...],
-    batch_size: int,
+    sampled: int,
+    trained: int,
     fp8: bool = False,
     backend: str = "inductor",
 ) -> bool:
-    """Whether it worked: a forward and a backward pass are tried at once, with `condition`'s first row.
+    """Whether it worked; tried at once on a forward pass of `sampled` rows and one of `trained` rows with its backward.
 
-    Shapes are fixed, so each batch size compiles once: keep the last batch of a rollout whole. What cannot be compiled
-    (no compiler on this computer, an unsupported GPU) runs as before, with a warning.
+    Shapes are fixed, so each number of rows compiles once: keep the last batch of a rollout whole. What cannot be
+    compiled (no compiler on this computer, an unsupported GPU) runs as before, with a warning.
     """
     blocks = policy.model.transformer.transformer_blocks
     torch._dynamo.config.recompile_limit = max(VARIANTS, torch._dynamo.config.recompile_limit)
     for block in blocks:
         block.compile(backend=backend, dynamic=False)
     try:
-        _try(policy, condition, shape, batch_size, fp8)
+        _try(policy, condition, shape, sampled, trained, fp8)
     except Exception as error:  # compilers fail in every way there is
         for block in blocks:
             block._compiled_call_impl = None
@@ -47,10 +49,13 @@ def compile_blocks(
     return True
 
 
-def _try(policy: Policy, condition: Condition, shape: tuple[int, ...], batch_size: int, fp8: bool) -> None:
+def _try(policy: Policy, condition: Condition, shape: tuple[int, ...], sampled: int, trained: int, fp8: bool) -> None:
     device = policy.model.device
-    rows = condition.select(torch.zeros(batch_size, dtype=torch.long)).to(device)
-    noisy, sigma = torch.zeros(batch_size, *shape, device=device), torch.full((batch_size,), 0.5, device=device)
+
+    def velocity(rows: int) -> Tensor:
+        noisy, sigma = torch.zeros(rows, *shape, device=device), torch.full((rows,), 0.5, device=device)
+        return policy.velocity(noisy, sigma, condition.select(torch.zeros(rows, dtype=torch.long)).to(device))
+
     with policy.merged(), in_float8(policy.model.transformer) if fp8 else nullcontext():
-        policy.velocity(noisy, sigma, rows)
-    policy.velocity(noisy, sigma, rows).float().square().mean().backward()
+        velocity(sampled)
+    velocity(trained).float().square().mean().backward()

@@ -54,7 +54,10 @@ class TrainConfig:
     adam_weight_decay: float = 1e-4  # per update, times the learning rate; of the LoRA's weights
     adam_epsilon: float = 1e-8  # added to the root of the mean square
     max_grad_norm: float = 1.0  # a longer gradient is scaled down to this norm
-    lr_scheduler: str = "constant"  # name of a schedule in diffusers.optimization.get_scheduler
+    # a schedule of diffusers.optimization.get_scheduler
+    lr_scheduler: Literal[
+        "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"
+    ] = "constant"
     lr_warmup_steps: int = 0  # updates over which the learning rate rises from 0
     mixed_precision: Literal["no", "fp16", "bf16"] = "bf16"  # type of the frozen model; no: fp32. The LoRA is fp32
     gradient_checkpointing: bool = False  # less memory for activations, about a third more time

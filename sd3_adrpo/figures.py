@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import textwrap
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
+
+from . import log
 
 matplotlib.use("Agg")  # no window, also where there is a screen
 from matplotlib import pyplot  # noqa: E402
@@ -138,7 +140,7 @@ def _save(write, path: str | Path) -> Path:
 
 def curves(metrics_jsonl: str | Path, path: str | Path) -> Path | None:
     """PNG of reward, accuracy, diversity and drift over epochs, as far as the log has them; None if it has none."""
-    records = _read_log(metrics_jsonl)
+    records = _numbers(log.read(metrics_jsonl, "epoch"))
     panels = []
     for heading, names in PANELS.items():
         name = next((name for name in names if any(name in record for _, record in records)), None)
@@ -161,19 +163,13 @@ def curves(metrics_jsonl: str | Path, path: str | Path) -> Path | None:
         pyplot.close(figure)
 
 
-def _read_log(path: str | Path) -> list[tuple[float, dict[str, float]]]:
-    """(epoch, {name without its prefix: number}) of each line; an interrupted run may have cut its last one."""
-    records = []
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines()):
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        if record.get("kind", "epoch") != "epoch":  # single updates are for whoever looks closer
-            continue
+def _numbers(records: Sequence[dict[str, Any]]) -> list[tuple[float, dict[str, float]]]:
+    """(epoch, {name without its prefix: number}) of each record."""
+    kept = []
+    for number, record in enumerate(records):
         values = {name.rsplit("/", 1)[-1]: value for name, value in record.items() if isinstance(value, int | float)}
-        records.append((values.get("epoch", number), values))
-    return records
+        kept.append((values.get("epoch", number), values))
+    return kept
 
 
 def _per_epoch(records: Sequence[tuple[float, dict[str, float]]], name: str) -> list[tuple[float, float]]:

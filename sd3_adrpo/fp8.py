@@ -25,8 +25,11 @@ MULTIPLE = 16  # of both sides of a weight: what the kernels take
 
 def check(config: Config) -> None:
     """Raises UserError where float8 rollouts cannot work."""
-    if config.train.mixed_precision == "fp16":
-        raise UserError("rollout.fp8 computes in bfloat16 around its products: train.mixed_precision bf16, not fp16")
+    if config.train.mixed_precision != "bf16":
+        raise UserError(
+            "rollout.fp8 computes in bfloat16 around its products: train.mixed_precision bf16, not "
+            f"{config.train.mixed_precision}"
+        )
     if config.objective.noise_level:
         raise UserError(
             f"rollout.fp8 does not go with --objective {config.objective.name}, which trains on the probabilities of "

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
-from . import figures
+from . import figures, log
 from .alarm import Alarm
 from .base_cache import BaseCache
 from .collect import Collector
@@ -41,6 +40,7 @@ class Judge:
         self.condition, self.negative = conditions
         self.main = self.accelerator.is_main_process
         self.alarm = Alarm(folder / "best.pt", self.config.alarm_stderrs, self.main)
+        self.base: Measurement | None = None  # by whose scores rewards in other units are normalised
         self.ended: str | None = None
 
     def before(self, resumed: bool, base_cache: BaseCache) -> Measurement:
@@ -55,13 +55,14 @@ class Judge:
                 before, _ = base_cache(Measurement, lambda: self._measure(None, "before"))
             if self.main:
                 torch.save(vars(before), path)
+        self.base = before
         if self.config.alarm != "off" and self.alarm.best is None:  # the base may stay the best
             self.alarm(0, before, self._weights())
         return before
 
     def on_the_way(self, epoch: int) -> None:
         """After so many epochs; may end the training."""
-        measured = self._measure(self.policy, f"after epoch {epoch}")
+        measured = self._measure(self.policy, f"after epoch {epoch}", self.base)
         self._write({"kind": "evaluation", "epoch": epoch, **measured.summary()})
         if not self._hacked(epoch, measured):
             self._drifted(epoch, measured)
@@ -122,7 +123,7 @@ class Judge:
         return True
 
     def _weights(self) -> dict[str, torch.Tensor]:
-        return {name: value.clone() for name, value in self.policy.state_dict().items()}
+        return {name: value.to("cpu", copy=True) for name, value in self.policy.state_dict().items()}
 
     def _ring(self, epoch: int, message: str) -> None:
         self._say(f"ALARM: {message}")
@@ -130,8 +131,7 @@ class Judge:
 
     def _write(self, row: dict[str, Any]) -> None:
         if self.main:
-            with open(self.folder / "metrics.jsonl", "a") as file:
-                file.write(json.dumps(row) + "\n")
+            log.append(self.folder / "metrics.jsonl", [row])
 
     def _say(self, text: str) -> None:
         if self.main:

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from .collect import Collector
 from .errors import UserError
+from .parallel import failing_together
 from .prompts import Prompt
 from .samples import image_path, load_samples
 from .seeds import epoch_prompts
@@ -72,14 +73,15 @@ class PairCollector(Collector):
         chosen = [pairs[i] for i in epoch_prompts(len(pairs), self.samples // 2, epoch, self.config.seed)]
         files = [file for pair in chosen for file in (pair.chosen, pair.rejected)][self.mine]
         clean, images = [], []
-        for start in range(0, len(files), rollout.batch_size):
-            if self.accelerator.num_processes == 1:
-                check_stop()
-            rows = files[start : start + rollout.batch_size]
-            batch = torch.stack([_read_image(file, rollout.height, rollout.width) for file in rows])
-            clean.append(self.model.encode_images(batch.float() / 255).cpu())
-            images.append(batch)
-            progress("reading", start + len(batch), len(files))
+        with failing_together(self.accelerator):
+            for start in range(0, len(files), rollout.batch_size):
+                if self.accelerator.num_processes == 1:
+                    check_stop()
+                rows = files[start : start + rollout.batch_size]
+                batch = torch.stack([_read_image(file, rollout.height, rollout.width) for file in rows])
+                clean.append(self.model.encode_images(batch.float() / 255).cpu())
+                images.append(batch)
+                progress("reading", start + len(batch), len(files))
         prompt = torch.tensor([index[pair.prompt] for pair in chosen]).repeat_interleave(2)
         rewards = torch.tensor([1.0, 0.0]).repeat(len(chosen))
         return Rollout(prompt, self._gather(torch.cat(clean)), rewards, torch.cat(images))

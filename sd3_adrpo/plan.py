@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
 import textwrap
@@ -15,7 +16,7 @@ from .cost import CALLS_PER_STEP, FRACTION_OF_PEAK, epoch_flops, memory
 from .errors import UserError
 from .machine import installed_memory, matrix_speed
 from .model_files import ModelFiles, inspect_model
-from .objective import trained_samples, updates_per_pass
+from .objective import check_rollout, trained_samples, updates_per_pass
 from .prompt_choice import resolve_prompts
 from .prompts import Prompt
 
@@ -47,11 +48,9 @@ class Plan:
 def check(config: Config) -> Plan:
     """Raises UserError or PromptFileError for what would stop the run later. Loads no weights, asks no network."""
     _check_numbers(config)
-    if config.rollout.fp8:
-        from . import fp8  # late: loads torch
-
-        fp8.check(config)
+    _check_options(config)
     train, test, description = resolve_prompts(config)
+    _check_alarm(config, test)
     output = _output(config)
     model = inspect_model(config.model)
     lora, trained = _trained(config, model)
@@ -78,6 +77,29 @@ def _check_numbers(config: Config) -> None:
             value = getattr(getattr(config, section) if section else config, name)
             if not value > 0:
                 raise UserError(f"{section + '.' if section else ''}{name} is {value}; it must be positive")
+
+
+def _check_options(config: Config) -> None:
+    """What does not go together, or needs what is not installed."""
+    check_rollout(config, int(os.environ.get("WORLD_SIZE", "1")))
+    if config.rollout.fp8:
+        from . import fp8  # late: loads torch
+
+        fp8.check(config)
+    if config.compile and config.finetune == "full":
+        raise UserError("compile is for a LoRA, whose frozen reference is the same compiled transformer: leave it out")
+    if config.train.optimizer == "adamw_8bit" and importlib.util.find_spec("torchao") is None:
+        raise UserError("train.optimizer adamw_8bit needs torchao: pip install 'sd3_adrpo[lowbit]', or take adamw")
+
+
+def _check_alarm(config: Config, test: list[Prompt]) -> None:
+    from .shapes.grammar import parse
+
+    if config.alarm != "off" and config.watch.name == "none" and not any(parse(prompt.text) for prompt in test):
+        raise UserError(
+            f"alarm is {config.alarm}, and there is nothing that it could listen to: --watch a second reward (only "
+            "prompts of the built-in world have an accuracy)"
+        )
 
 
 def _output(config: Config) -> Path | None:
@@ -170,7 +192,7 @@ def _memory(config: Config, model: ModelFiles, lora: int) -> str:
 
 def _time(config: Config, model: ModelFiles) -> str:
     """Seconds from operations, at the speed of a matrix product measured here and the share of it that we expect."""
-    if not model.config:
+    if not model.config or os.environ.get("RANK", "0") != "0":  # one process measures, and prints
         return "not known before the model is here"
     import torch
 

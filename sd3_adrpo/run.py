@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from diffusers.utils import logging as diffusers_logging
 from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
-from . import cli, result
+from . import cli, log, result
 from .base_cache import BaseCache
 from .canary import check_learning
 from .checkpoint import find_checkpoint, load_checkpoint, prune, save_checkpoint
@@ -62,18 +63,16 @@ class Run:
             raise UserError("compile is on, and the accelerate config asks for FSDP: one of the two only")
         self.folder = self._make_folder()
         self.accelerator.project_configuration.logging_dir = str(self.folder)
-        torch.manual_seed(config.seed)  # the LoRA's initial weights; everything else is seeded by name
 
     def _make_folder(self) -> Path:
-        if self.resumed:
-            return self.resumed.parent.parent
         stamp = time.strftime("%Y-%m-%d_%H-%M-%S")
         name = [self.config.output_dir or f"runs/{stamp}_{self.config.objective.name}_seed{self.config.seed}"]
         broadcast_object_list(name)
-        folder = Path(name[0])
+        folder = self.resumed.parent.parent if self.resumed else Path(name[0])
         if self.main:
             folder.mkdir(parents=True, exist_ok=True)
-            (folder / "config.yaml").write_text(cli.dump(self.config))
+            # with what a run that goes on was given anew
+            (folder / "config.yaml").write_text(cli.dump(replace(self.config, resume_from_checkpoint=None)))
             (folder / "prompts.json").write_text(json.dumps(self.plan.description, indent=2) + "\n")
         return folder
 
@@ -123,11 +122,13 @@ class Run:
             raise UserError("the cached prompt embeddings differ from the text encoder's: nothing was trained")
         self.model.drop_text_encoders()
         options = config.train.gradient_checkpointing, self.sharded
+        torch.manual_seed(config.seed)  # the LoRA's initial weights; everything else is seeded by name
         full = config.finetune == "full"
         self.policy = FullPolicy(self.model, *options) if full else Policy(self.model, config.lora, *options)
         if config.compile:
             shape = self.model.latent_shape(rollout.height, rollout.width)
-            compile_blocks(self.policy, condition, shape, rollout.batch_size, rollout.fp8)
+            drawn = config.train.batch_size * config.train.sigmas_per_sample
+            compile_blocks(self.policy, condition, shape, rollout.batch_size, drawn, rollout.fp8)
         cached = config.base_cache if self.accelerator.num_processes == 1 else None
         self.base_cache = BaseCache(cached, config, self.plan.train, self.plan.test)
         collect = PairCollector if getattr(config.objective, "pairs_file", None) else Collector
@@ -192,8 +193,7 @@ class Run:
 
     def _write(self, *records: dict[str, Any]) -> None:
         if self.main:
-            with open(self.folder / "metrics.jsonl", "a") as file:
-                file.writelines(json.dumps(record) + "\n" for record in records)
+            log.append(self.folder / "metrics.jsonl", records)
 
     # saving
 

@@ -23,6 +23,8 @@ from .seeds import generator_for
 from .sharding import joined, like
 from .types import Rollout
 
+OPTIONS = ("initial_lr", "betas", "eps", "weight_decay")  # of the optimiser; a run that goes on may be given others
+
 
 class Interrupted(Exception):
     """SIGINT or SIGTERM arrived; the state is consistent and can be saved."""
@@ -104,6 +106,7 @@ class Trainer:
 
         shared = self.epoch == 0 and self.base_cache
         self.rollout, self.spared = self.base_cache(Rollout, collect) if shared else (collect(), 0.0)
+        self.collector.done = []  # batches of before an interruption, where the cache knew the whole since
         advantage = self.advantages(self.rollout.rewards, self.rollout.prompt)
         self.advantage, self.weighing = self.objective.weigh(advantage)
         self.weighing["advantage_std"] = advantage.std(correction=0).item()
@@ -147,11 +150,13 @@ class Trainer:
             if update < self.update:  # resumed in the middle of a pass
                 continue
             self._check_stop()
+            metrics: dict[str, Tensor] = {}
             for part in place.tensor_split(self._batches(len(rows))):
-                batch = self._batch(self.draws, part)
+                batch, weight = self._batch(self.draws, part), len(part) / len(rows)
                 velocity = training_velocity(self.policy.velocity, batch, train.guidance_scale)
-                loss, metrics = self.objective.loss(velocity, batch)
-                self.scaler.scale(loss * len(part) / len(rows)).backward()
+                loss, found = self.objective.loss(velocity, batch)
+                self.scaler.scale(loss * weight).backward()
+                metrics = {name: metrics.get(name, 0) + weight * value for name, value in found.items()}
             metrics["grad_norm"] = self._step()
             logs.append(metrics)
             self.update = update + 1
@@ -163,9 +168,8 @@ class Trainer:
 
     def _batches(self, units: int) -> int:
         """Into which a process divides its part of an update: the same number on all, as sharded weights require."""
-        processes, steps = self.accelerator.num_processes, self.config.train.gradient_accumulation_steps
-        longest = -(-units // processes)
-        return min(-(-longest // -(-longest // steps)), units // processes)
+        longest = -(-units // self.accelerator.num_processes) * self.objective.members
+        return min(-(-longest // self.config.train.batch_size), units // self.accelerator.num_processes)
 
     @property
     def _names(self) -> tuple[int, int, int]:
@@ -248,8 +252,10 @@ class Trainer:
         self.policy.load_old_state(state["old"])
         for parameter, moments in zip(self.policy.parameters(), state["optimizer"]["state"].values(), strict=False):
             moments.update({name: like(value, parameter) for name, value in moments.items()})
+        given = [{name: group[name] for name in OPTIONS} for group in self.optimizer.param_groups]
         for name in ("optimizer", "scheduler", "scaler", "advantages"):
             getattr(self, name).load_state_dict(state[name])
+        self._reschedule(given)
         self.epoch, self.inner, self.update = (state["progress"][name] for name in ("epoch", "inner", "update"))
         self.rollout = self.draws = None
         if state["rollout"] is not None:
@@ -262,3 +268,9 @@ class Trainer:
             sampled = [Rollout(**part) for part in state["sampled"]]
             known = self.scorer.scorers.keys()  # under another reward the batches are drawn again
             self.collector.done = [part for part in sampled if part.scores.keys() == known]
+
+    def _reschedule(self, options: list[dict[str, Any]]) -> None:
+        """The optimiser goes on with these options, at the place of the schedule where it is."""
+        self.scheduler.base_lrs = [group["initial_lr"] for group in options]
+        for group, own, factor in zip(self.optimizer.param_groups, options, self.scheduler.lr_lambdas, strict=True):
+            group.update(own, lr=own["initial_lr"] * factor(self.scheduler.last_epoch))

@@ -13,6 +13,7 @@ OPTIONS = """--rollout.prompts_per_epoch 4 --rollout.samples_per_prompt 4 --roll
 
 def small_trainer(folder: Path, *options: str) -> Trainer:
     """Of 16 samples x 2 draws: 2 passes of 2 updates of 2 batches of 4 samples; sampled in 2 batches of 8."""
+    folder.mkdir(exist_ok=True)
     (folder / "prompts.txt").write_text("a red circle\ntwo blue squares\na green heart\nan orange diamond\n")
     files = ["--prompts", str(folder / "prompts.txt"), "--output_dir", str(folder / "run")]
     config = cli.parse([*OPTIONS, *files, *options])

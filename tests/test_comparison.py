@@ -37,7 +37,8 @@ def finished(tmp_path):
     (tmp_path / "summary.json").write_text(json.dumps(summary))
     rows = [{"kind": "epoch", "epoch": 0, "seconds": 10.0}, {"kind": "evaluation", "epoch": 1, **values(2.0)}]
     rows += [{"kind": "update", "epoch": 1, "loss": 0.1}, {"kind": "epoch", "epoch": 1, "seconds": 30.0}]
-    (tmp_path / "metrics.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    rows = [rows[0], *rows]  # an epoch that was done again after a crash, which cut the last line
+    (tmp_path / "metrics.jsonl").write_text("\n".join(json.dumps(row) for row in rows) + '\n{"kind": "ep')
     return tmp_path
 
 

@@ -33,7 +33,7 @@ def test_compiled_blocks_compute_the_same(policy):
         graphs.append(graph)
         return graph.forward
 
-    assert compile_blocks(policy, CONDITION, (16, 8, 8), 2, backend=counting)
+    assert compile_blocks(policy, CONDITION, (16, 8, 8), 2, 2, backend=counting)
     assert graphs and all(parameter.grad is None for parameter in policy.parameters())
     torch.testing.assert_close(velocity(policy), expected, atol=1e-6, rtol=1e-5)
     known = len(graphs)
@@ -48,6 +48,6 @@ def test_a_failing_compiler_is_a_warning(policy, caplog):
         raise RuntimeError("no compiler here")
 
     with caplog.at_level(logging.WARNING, "sd3_adrpo.compiling"):
-        assert not compile_blocks(policy, CONDITION, (16, 8, 8), 2, backend=broken)
+        assert not compile_blocks(policy, CONDITION, (16, 8, 8), 2, 2, backend=broken)
     assert "compile is off" in caplog.text
     assert torch.equal(velocity(policy), expected)

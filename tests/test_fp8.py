@@ -99,20 +99,21 @@ def test_compiled_blocks_notice(policy):
     exact = velocity(policy)
     with policy.merged(), fp8.in_float8(policy.model.transformer):
         expected = velocity(policy)
-    assert compile_blocks(policy, Condition(torch.ones(1, 24, 48), torch.ones(1, 40)), (16, 8, 8), 3, True, "eager")
+    assert compile_blocks(policy, Condition(torch.ones(1, 24, 48), torch.ones(1, 40)), (16, 8, 8), 3, 3, True, "eager")
     with policy.merged(), fp8.in_float8(policy.model.transformer):
         torch.testing.assert_close(velocity(policy), expected)
     torch.testing.assert_close(velocity(policy), exact, atol=1e-6, rtol=1e-5)
 
 
 def test_what_it_does_not_go_with(monkeypatch):
-    config = cli.parse("--rollout.fp8 true --train.mixed_precision fp16".split())
-    with pytest.raises(UserError, match=r"mixed_precision bf16, not fp16"):
-        fp8.check(config)
-    config = cli.parse("--rollout.fp8 true --objective flow_grpo".split())
+    for precision in ("fp16", "no"):
+        config = cli.parse(f"--rollout.fp8 true --train.mixed_precision {precision}".split())
+        with pytest.raises(UserError, match=f"mixed_precision bf16, not {precision}"):
+            fp8.check(config)
+    config = cli.parse("--rollout.fp8 true --train.mixed_precision bf16 --objective flow_grpo".split())
     with pytest.raises(UserError, match=r"flow_grpo.*leave it out"):
         fp8.check(config)
-    config = cli.parse("--rollout.fp8 true".split())
+    config = cli.parse("--rollout.fp8 true --train.mixed_precision bf16".split())
     fp8.check(config)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))

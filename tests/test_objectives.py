@@ -1,6 +1,7 @@
 """Every objective's loss against an independent derivation in float64, and what each trains on."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -113,6 +114,8 @@ def test_dpo(batch):
     advantage = torch.tensor([0.1, 0.9, -0.2, 0.3, 0.2, 0.8, 0.5, 0.4])  # two prompts of four
     assert Dpo(pairs=2).units(advantage, 4).tolist() == [[1, 2], [3, 0], [5, 4], [6, 7]]
     assert Dpo(pairs=9).units_per_group(4) == 2 and Dpo().units_per_group(1) == 0
+    ties = replace(batch, advantage=torch.tensor([0.9, -0.5, 0.1, 0.1, 0.4, 0.4]))
+    check(Dpo(beta=3.0), ties, [expected[0], 0.0, 0.0])  # who wins nothing teaches nothing
 
 
 def gaussian_log_prob(x: list[float], mean: list[float], std: float) -> float:

@@ -1,5 +1,6 @@
 """One weighted token equals many equal ones, in value and in gradient."""
 
+import tiny
 import torch
 
 from sd3_adrpo.models.repeated_token import allow_repeats
@@ -27,3 +28,17 @@ def test_equals_the_stock_transformer_with_all_tokens():
     unfolded, _ = run(many)  # without the argument the processor is the stock one
     assert torch.equal(unfolded, expected)
     assert (run(one)[0] - expected).abs().max() > 1e-3  # the weight matters
+
+
+def test_second_attentions_are_told_without_a_warning(caplog):
+    """SD3.5-medium's blocks have an attention of the image alone, which gets the argument too."""
+    transformer = tiny.transformer(dual=True)
+    allow_repeats(transformer)
+    config = transformer.config
+    noisy, time = torch.randn(1, config.in_channels, 8, 8), torch.tensor([500.0])
+    embeds, pooled = torch.randn(1, 5, config.joint_attention_dim), torch.randn(1, config.pooled_projection_dim)
+    many = torch.cat([embeds, embeds[:, -1:].expand(-1, 3, -1)], dim=1)
+    expected = transformer(noisy, many, pooled, time, return_dict=False)[0]
+    folded = transformer(noisy, embeds, pooled, time, joint_attention_kwargs={"repeats": 4}, return_dict=False)[0]
+    torch.testing.assert_close(folded, expected, atol=1e-5, rtol=0)
+    assert not caplog.records

@@ -68,3 +68,5 @@ def allow_repeats(transformer: SD3Transformer2DModel) -> None:
     """Lets `joint_attention_kwargs={"repeats": n}` through to the joint attention; without it nothing changes."""
     for block in transformer.transformer_blocks:
         block.attn.set_processor(RepeatedTokenProcessor())
+        if block.attn2 is not None:  # of the image alone, in SD3.5-medium: it is told too, and has nothing to repeat
+            block.attn2.set_processor(RepeatedTokenProcessor())

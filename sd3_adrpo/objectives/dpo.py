@@ -19,7 +19,8 @@ class Dpo(Objective):
 
         loss = -log sigmoid(-(beta / 2) [(fm_w - fmref_w) - (fm_l - fmref_l)])      fm = |v - u|^2, mean over C, h, w
 
-    Pairs are the best with the worst of a prompt's samples, then the second best with the second worst, and so on.
+    Pairs are the best with the worst of a prompt's samples, then the second best with the second worst, and so on; a
+    pair of equal rewards weighs nothing.
     Errors are means over the latent, so beta is about the paper's (5000, for sums in their parametrisation) divided by
     the scale of a sum; 100 is common for means. `pairs_file` takes pairs of images from a file (pairs.py) instead:
     the paper's own, offline DPO.
@@ -50,7 +51,8 @@ class Dpo(Objective):
         fm = squared(velocity, target)
         better, worse = (fm - squared(batch.reference.float(), target)).unflatten(0, (-1, 2)).unbind(1)
         margin = -self.beta / 2 * (better - worse)
-        loss = -F.logsigmoid(margin).mean()
+        winner, loser = batch.advantage.unflatten(0, (-1, 2)).unbind(1)
+        loss = -(F.logsigmoid(margin) * (winner > loser)).mean()
         return loss, detached(
             loss=loss, fm=fm.mean(), preference_rate=(margin > 0).float().mean(), **common_metrics(velocity, batch)
         )

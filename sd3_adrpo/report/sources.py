@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .. import log
 from ..bootstrap import Ratio
 from ..errors import UserError
 from ..samples import load_samples
@@ -61,8 +62,8 @@ def _load(folder: Path, name: str) -> Source:
         name=name,
         summary=json.loads(path.read_text(encoding="utf-8")),
         samples=load_samples(folder),
-        log=_read_log(folder / "metrics.jsonl", "epoch"),
-        evaluations=_read_log(folder / "metrics.jsonl", "evaluation"),
+        log=log.read(folder / "metrics.jsonl", "epoch"),
+        evaluations=log.read(folder / "metrics.jsonl", "evaluation"),
         config=config.read_text(encoding="utf-8") if config.is_file() else None,
     )
 
@@ -75,16 +76,3 @@ def _names(folders: Sequence[Path]) -> list[str]:
         if len(set(names)) == len(names):
             return names
     return [f"{name} ({number})" for number, name in enumerate(names, 1)]
-
-
-def _read_log(path: Path, kind: str) -> list[dict[str, Any]]:
-    """The records of a kind; an interrupted run may have cut its last line, a resumed one may repeat an epoch."""
-    epochs: dict[int, dict[str, Any]] = {}
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        if record.get("kind") == kind:
-            epochs[record["epoch"]] = record
-    return [epochs[number] for number in sorted(epochs)]
