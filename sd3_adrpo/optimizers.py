@@ -28,6 +28,6 @@ def make_optimizer(parameters: Iterable[torch.nn.Parameter], train: TrainConfig)
     except ImportError as error:
         raise UserError(
             f"train.optimizer adamw_8bit needs torchao, which does not import here ({error}): "
-            "pip install 'sd3_adrpo[lowbit]', or take adamw"
+            "pip install -e '.[lowbit]', or take adamw"
         ) from error
     return AdamW8bit(parameters, **options)

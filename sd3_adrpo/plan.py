@@ -89,7 +89,7 @@ def _check_options(config: Config) -> None:
     if config.compile and config.finetune == "full":
         raise UserError("compile is for a LoRA, whose frozen reference is the same compiled transformer: leave it out")
     if config.train.optimizer == "adamw_8bit" and importlib.util.find_spec("torchao") is None:
-        raise UserError("train.optimizer adamw_8bit needs torchao: pip install 'sd3_adrpo[lowbit]', or take adamw")
+        raise UserError("train.optimizer adamw_8bit needs torchao: pip install -e '.[lowbit]', or take adamw")
 
 
 def _check_alarm(config: Config, test: list[Prompt]) -> None:

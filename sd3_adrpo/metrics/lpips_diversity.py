@@ -23,7 +23,7 @@ def load_lpips(device: str = "cpu") -> Distance:
     try:
         import lpips
     except ImportError:
-        raise UserError("lpips_diversity needs the package lpips: pip install 'sd3_adrpo[lpips]'") from None
+        raise UserError("lpips_diversity needs the package lpips: pip install -e '.[lpips]'") from None
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torchvision's about the way in which lpips asks for AlexNet

@@ -37,7 +37,7 @@ class OcrReward:
 
     def describe(self) -> str:
         if importlib.util.find_spec("rapidocr") is None or importlib.util.find_spec("onnxruntime") is None:
-            raise UserError('the ocr reward needs rapidocr and onnxruntime: pip install "sd3_adrpo[ocr]"')
+            raise UserError('the ocr reward needs rapidocr and onnxruntime: pip install -e ".[ocr]"')
         if self.short_side < 32:
             raise UserError(f"the ocr reward's short_side is {self.short_side}; it must be at least 32 pixels")
         return "1 - normalised edit distance, rapidocr"
