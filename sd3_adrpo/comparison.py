@@ -130,7 +130,9 @@ def figures(runs: Sequence[Record], folder: Path, ceilings: dict[str, dict[str, 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    colours = {label: f"C{i % 10}" for i, label in enumerate(by_label(runs))}
+    labels = list(by_label(runs))
+    cycle = plt.get_cmap("tab10" if len(labels) <= 10 else "tab20").colors
+    colours = {label: cycle[i % len(cycle)] for i, label in enumerate(labels)}
     plots = [(name, "reward") for name in ("clip_diversity", "free_diversity", "w2_drift")]
     plots += [("images", "accuracy"), ("images", "reward")]
     paths = []
@@ -148,16 +150,16 @@ def figures(runs: Sequence[Record], folder: Path, ceilings: dict[str, dict[str, 
         axes.set_ylabel(y)
         handles, labels = axes.get_legend_handles_labels()
         unique = dict(zip(labels, handles, strict=True))
-        axes.legend(unique.values(), unique.keys(), fontsize=8, frameon=False)
+        beside = {"loc": "upper left", "bbox_to_anchor": (1.01, 1)} if len(unique) > 8 else {}  # else over the points
+        axes.legend(unique.values(), unique.keys(), fontsize=8, frameon=False, **beside)
         path = folder / f"{y}_against_{x}.png"
-        figure.tight_layout()
-        figure.savefig(path, dpi=110)
+        figure.savefig(path, dpi=110, bbox_inches="tight")
         plt.close(figure)
         paths.append(path)
     return paths
 
 
-def _draw(axes: Any, run: Record, x: str, y: str, colour: str) -> None:
+def _draw(axes: Any, run: Record, x: str, y: str, colour: tuple[float, ...]) -> None:
     points = [(p[x], p[y]) for p in run["history"] if p[x] is not None and p[y] is not None]
     if not points:
         return

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -206,7 +206,8 @@ class Run:
 
     def _start_trackers(self) -> None:
         if self.accelerator.log_with:
-            self.accelerator.init_trackers("tensorboard", config=self.scorer.units)
+            options = {**_flat(asdict(self.config)), **self.scorer.units}
+            self.accelerator.init_trackers("sd3_adrpo", config=options)
 
     def _finish(self, before: Measurement) -> dict[str, Any]:
         after = self.judge.after(self.trainer.epoch, before)
@@ -223,3 +224,12 @@ class Run:
     def _say(self, text: str) -> None:
         if self.main:
             print(text, flush=True)
+
+
+def _flat(options: dict[str, Any], prefix: str = "") -> dict[str, int | float | str | bool]:
+    """Dotted names to values of the kinds that trackers take."""
+    flat: dict[str, Any] = {}
+    for name, value in options.items():
+        nested = isinstance(value, dict)
+        flat |= _flat(value, f"{prefix}{name}.") if nested else {f"{prefix}{name}": value}
+    return {name: value if isinstance(value, int | float | str | bool) else str(value) for name, value in flat.items()}
