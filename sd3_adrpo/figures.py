@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import textwrap
-from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -145,7 +144,7 @@ def curves(metrics_jsonl: str | Path, path: str | Path) -> Path | None:
     for heading, names in PANELS.items():
         name = next((name for name in names if any(name in record for _, record in records)), None)
         if name is not None:
-            panels.append((heading, _per_epoch(records, name)))
+            panels.append((heading, [(epoch, record[name]) for epoch, record in records if name in record]))
     if not panels:
         return None
     figure, axes = pyplot.subplots(
@@ -170,12 +169,3 @@ def _numbers(records: Sequence[dict[str, Any]]) -> list[tuple[float, dict[str, f
         values = {name.rsplit("/", 1)[-1]: value for name, value in record.items() if isinstance(value, int | float)}
         kept.append((values.get("epoch", number), values))
     return kept
-
-
-def _per_epoch(records: Sequence[tuple[float, dict[str, float]]], name: str) -> list[tuple[float, float]]:
-    """Mean of the epoch's lines that have the value (one for the epoch, or one for each update)."""
-    found = defaultdict(list)
-    for epoch, record in records:
-        if name in record:
-            found[epoch].append(record[name])
-    return [(epoch, sum(values) / len(values)) for epoch, values in sorted(found.items())]

@@ -7,6 +7,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from matplotlib.axes import Axes
 from PIL import Image
 
 from sd3_adrpo import figures
@@ -69,15 +70,16 @@ def test_large_images_are_reduced(tmp_path):
     assert Image.open(path).width < figures.CELL[1] + 50
 
 
-def test_log_is_averaged_per_epoch_and_survives_a_cut_line(tmp_path):
+def test_curves_of_a_log_with_a_repeated_epoch_and_a_cut_line(tmp_path, monkeypatch):
     log = tmp_path / "metrics.jsonl"
-    lines = [{"epoch": 0, "reward": 1.0}, {"epoch": 0, "train/w2": 2.0}, {"epoch": 0, "train/w2": 4.0}]
+    lines = [{"epoch": 0, "reward": 1.0}, {"epoch": 1, "reward": 9.0}, {"epoch": 1, "reward": 3.0, "train/w2": 0.5}]
     lines += [{"kind": "update", "epoch": 0, "reward": 50.0}]
     log.write_text("\n".join(json.dumps(line) for line in lines) + '\n{"epoch": 1, "rew')
-    records = figures._read_log(log)
-    assert figures._per_epoch(records, "w2") == [(0, 3.0)]
-    assert figures._per_epoch(records, "reward") == [(0, 1.0)]
+    drawn = []
+    plot = Axes.plot
+    monkeypatch.setattr(Axes, "plot", lambda axis, x, y, **style: drawn.append((x, y)) or plot(axis, x, y, **style))
     picture = Image.open(figures.curves(log, tmp_path / "curves.png"))
+    assert drawn == [((0, 1), (1.0, 3.0)), ((1,), (0.5,))]  # reward, drift; what a resumed run repeated counts once
     assert picture.width > 2 * picture.height  # two panels
     assert sorted(path.name for path in tmp_path.iterdir()) == ["curves.png", "metrics.jsonl"]
 
