@@ -14,6 +14,7 @@ from sd3_adrpo import cli
 from sd3_adrpo.collect import Collector  # noqa: E402
 from sd3_adrpo.config import Config
 from sd3_adrpo.errors import UserError
+from sd3_adrpo.models.published import SD35_MEDIUM
 from sd3_adrpo.models.sd3 import SD3
 from sd3_adrpo.policy import Policy
 from sd3_adrpo.prompts import Prompt
@@ -23,21 +24,6 @@ from sd3_adrpo.trainer import Trainer
 from sd3_adrpo.types import Condition, Rollout
 
 PROMPTS = ["a red circle", "two blue squares", "a green heart above a pink cross", "three yellow stars"]
-SD35_MEDIUM = {  # the published configuration: 2.2 billion weights
-    "sample_size": 128,
-    "patch_size": 2,
-    "in_channels": 16,
-    "out_channels": 16,
-    "num_layers": 24,
-    "attention_head_dim": 64,
-    "num_attention_heads": 24,
-    "joint_attention_dim": 4096,
-    "caption_projection_dim": 1536,
-    "pooled_projection_dim": 2048,
-    "pos_embed_max_size": 384,
-    "dual_attention_layers": tuple(range(13)),
-    "qk_norm": "rms_norm",
-}
 TINY = {  # of the same kind, to try the benchmark itself
     **SD35_MEDIUM,
     "num_layers": 2,

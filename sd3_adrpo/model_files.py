@@ -17,7 +17,7 @@ ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I8":
 
 @dataclass
 class ModelFiles:
-    """`folder` is None for a hub model that is not in the local cache: then nothing more is known."""
+    """`folder` is None for a hub model that is not in the local cache: of those only the published are known."""
 
     name: str
     folder: Path | None = None
@@ -51,7 +51,7 @@ def inspect_model(model: str) -> ModelFiles:
     """`model` is "shapes", a local folder or a hub id. UserError where it is missing, incomplete or no SD3."""
     folder = _folder(model)
     if folder is None:
-        return ModelFiles(model)
+        return _published(model)
     index = _json(folder / "model_index.json")
     if index.get("_class_name") != "StableDiffusion3Pipeline":
         raise UserError(
@@ -68,8 +68,7 @@ def inspect_model(model: str) -> ModelFiles:
         tensors = {name: entry for file in _weight_files(folder / part) for name, entry in _header(file).items()}
         if part == "transformer":
             found.config = _json(folder / part / "config.json")
-            weights = {name: entry["shape"] for name, entry in tensors.items() if name.endswith(".weight")}
-            found.layers = {name[: -len(".weight")]: tuple(s) for name, s in weights.items() if len(s) == 2}
+            found.layers = _layers({name: tuple(entry["shape"]) for name, entry in tensors.items()})
         if part == "vae":
             found.vae_config = _json(folder / part / "config.json")
         sizes = [math.prod(entry["shape"]) for entry in tensors.values()]
@@ -78,6 +77,30 @@ def inspect_model(model: str) -> ModelFiles:
             size * ITEM_BYTES.get(entry["dtype"], 4) for size, entry in zip(sizes, tensors.values(), strict=True)
         )
     return found
+
+
+def _layers(shapes_of: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, int]]:
+    weights = {name.removesuffix(".weight"): shape for name, shape in shapes_of.items() if name.endswith(".weight")}
+    return {name: shape for name, shape in weights.items() if len(shape) == 2}
+
+
+def _published(model: str) -> ModelFiles:
+    """What is known of a model that is not here: all about the published ones."""
+    from .models import published  # late: torch and diffusers
+
+    config = published.TRANSFORMERS.get(model)
+    if config is None:
+        return ModelFiles(model)
+    tensors = published.transformer_shapes(config)
+    parameters = {"transformer": sum(map(math.prod, tensors.values())), **published.OTHER_PARTS}
+    return ModelFiles(
+        model,
+        parameters=parameters,
+        stored_bytes=2 * sum(parameters.values()),
+        layers=_layers(tensors),
+        config=config,
+        vae_config=published.VAE,
+    )
 
 
 def _folder(model: str) -> Path | None:

@@ -134,10 +134,12 @@ def _describe(part: dict[str, Any]) -> str:
 
 
 def _describe_model(model: ModelFiles) -> str:
-    if model.folder is None:
+    if not model.parameters:
         return f"{model.name}, from the hub: not in the local cache, it will be downloaded (its size is not known yet)"
-    parts = [f"{name} {_millions(count)}" for name, count in model.parameters.items()]
-    return f"{model.name} ({model.folder}), {_gb(model.stored_bytes)} on disk: {', '.join(parts)}"
+    parts = ", ".join(f"{name} {_millions(count)}" for name, count in model.parameters.items())
+    if model.folder is None:
+        return f"{model.name}, from the hub: not in the local cache, {_gb(model.stored_bytes)} to download: {parts}"
+    return f"{model.name} ({model.folder}), {_gb(model.stored_bytes)} on disk: {parts}"
 
 
 def _trained(config: Config, model: ModelFiles) -> tuple[int, tuple[str, str]]:
@@ -201,7 +203,7 @@ def _time(config: Config, model: ModelFiles) -> str:
     speed = fraction * matrix_speed(kind, config.train.mixed_precision)
     work = epoch_flops(config, model)
     return (
-        f"about {work / speed:.0f} s per epoch on one process, the reward besides: {work / 1e12:.3g} TFLOP, at "
+        f"about {_duration(work / speed)} per epoch on one process, the reward besides: {work / 1e12:.3g} TFLOP, at "
         f"{fraction:.0%} of the speed of matrix products here"
     )
 
@@ -226,6 +228,13 @@ def _disk(config: Config, lora: int, output: Path | None) -> str:
 
 def _gb(number: float) -> str:
     return f"{number / 1e9:.1f} GB" if number >= 1e9 else f"{number / 1e6:.1f} MB"
+
+
+def _duration(seconds: float) -> str:
+    for unit, size in (("days", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.0f} s"
 
 
 def _millions(count: int | None) -> str:

@@ -1,31 +1,57 @@
 """Predicted work and memory: the published figures of SD3.5-medium, and counts of real passes."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from tiny import JOINT, WIDTHS, transformer
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from sd3_adrpo import cli
-from sd3_adrpo.cost import Tokens, _kept, decoder_flops, forward_flops, memory
-from sd3_adrpo.model_files import ModelFiles
+from sd3_adrpo import cli, plan
+from sd3_adrpo.cost import Tokens, _kept, decoder_flops, forward_flops, memory, tokens_of
+from sd3_adrpo.model_files import ModelFiles, inspect_model
+from sd3_adrpo.models import published
 from sd3_adrpo.models.sd3 import SD3
 from sd3_adrpo.policy import Policy
 from sd3_adrpo.types import Condition
 
-SD35_MEDIUM = {
-    "num_layers": 24,
-    "num_attention_heads": 24,
-    "attention_head_dim": 64,
-    "dual_attention_layers": list(range(13)),
-    "patch_size": 2,
-}
+SD35_MEDIUM = published.SD35_MEDIUM
+PROMPTS = Path(__file__).parents[1] / "prompts" / "drawbench_style.csv"
 
 
 def test_sd35_medium_at_512_and_1024_pixels():
     """By hand, w = 1536, N + T = 1229: 24 (24 w^2 1229 + 4 w 1229^2) + 13 (8 w^2 1024 + 4 w 1024^2) = 2.228e12."""
     assert forward_flops(SD35_MEDIUM, Tokens(1024, 205)) == pytest.approx(2.2286e12, rel=1e-3)
     assert forward_flops(SD35_MEDIUM, Tokens(4096, 205)) == pytest.approx(10.9e12, rel=0.03)
+
+
+@pytest.mark.parametrize(
+    "name, weights, adapters",  # by hand: 8 matrices a block, 7 in the last
+    [
+        ("stable-diffusion-3-medium-diffusers", 2_084_951_104, 32 * 2 * 1536 * (24 * 8 - 1)),
+        ("stable-diffusion-3.5-medium", 2_469_663_936, 32 * 2 * 1536 * (24 * 8 - 1)),
+        ("stable-diffusion-3.5-large", 8_146_280_768, 32 * 2 * 2432 * (38 * 8 - 1)),
+    ],
+)
+def test_published_models_are_known_before_they_are_here(name, weights, adapters, monkeypatch, tmp_path):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    model = inspect_model(f"stabilityai/{name}")
+    assert model.folder is None and model.parameters["transformer"] == weights  # with the stored table of positions
+    assert model.stored_bytes == 2 * (weights + 123_650_304 + 694_659_840 + 4_762_310_656 + 83_819_683)
+    config = cli.parse(["--model", f"stabilityai/{name}"])
+    assert model.lora_parameters(config.lora.target_modules, 32) == adapters
+    assert tokens_of(config, model) == Tokens(1024, 77 + config.rollout.max_sequence_length)
+
+
+def test_dry_run_of_a_published_model_that_is_not_here(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    sd35 = cli.parse(["--config", "sd3.5-medium-24gb", "--reward", "jpeg", "--prompts", str(PROMPTS)])
+    text = " ".join(str(plan.check(sd35)).split())
+    assert "not in the local cache, 16.3 GB to download: transformer 2469.7M" in text
+    assert "5.1 GB frozen weights, 300.4 MB trained weights" in text and "TFLOP" in text
 
 
 def test_forward_equals_a_count():
@@ -50,7 +76,8 @@ def test_decoder_equals_a_count():
 
 def test_checkpointing_and_smaller_batches_need_less():
     counts = {"transformer": 2_200_000_000, "vae": 84_000_000, "text_encoder_3": 4_700_000_000}
-    model = ModelFiles("x", parameters=counts, config=SD35_MEDIUM)
+    plain = SD35_MEDIUM | {"qk_norm": None}
+    model = ModelFiles("x", parameters=counts, config=plain)
 
     def of(*options):
         return memory(cli.parse(["--config", "sd3.5-medium", *options]), model, 18_000_000)
@@ -61,10 +88,10 @@ def test_checkpointing_and_smaller_batches_need_less():
     # and the gradients of 1 block of 24
     assert whole.training == pytest.approx(12 * (13 * 24 * 1229 + 8 * 13 * 1024) * 25 / 24 * 1536 * 2)
     assert saving.training == pytest.approx(12 * ((2 * 13 + 24) * 1229 + 2 * 8 * 13 * 1024 / 24) * 1536 * 2)
-    model.config = SD35_MEDIUM | {"qk_norm": "rms_norm"}
+    model.config = SD35_MEDIUM
     assert of().training == pytest.approx(12 * (17 * 24 * 1229 + 12 * 13 * 1024) * 25 / 24 * 1536 * 2)
     assert of("--train.optimizer", "adamw_8bit").lora == 10 * 18_000_000
-    model.config = SD35_MEDIUM
+    model.config = plain
     assert of("--train.batch_size", "16").training == whole.training * 4
     assert of("--rollout.decode_batch_size", "1").sampling < of("--rollout.decode_batch_size", "16").sampling
 
