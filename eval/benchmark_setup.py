@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from accelerate import Accelerator
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+from diffusers import StableDiffusion3Pipeline
 
 from sd3_adrpo import cli
 from sd3_adrpo.collect import Collector  # noqa: E402
 from sd3_adrpo.config import Config
 from sd3_adrpo.errors import UserError
-from sd3_adrpo.models.published import SD35_MEDIUM
+from sd3_adrpo.models.published import SD35_MEDIUM, VAE, random_pipeline
 from sd3_adrpo.models.sd3 import SD3
 from sd3_adrpo.policy import Policy
 from sd3_adrpo.prompts import Prompt
@@ -35,6 +34,7 @@ TINY = {  # of the same kind, to try the benchmark itself
     "pos_embed_max_size": 16,
     "dual_attention_layers": (0,),
 }
+TINY_VAE = {**VAE, "block_out_channels": (8, 8, 8, 8), "layers_per_block": 1, "norm_num_groups": 4}
 SHAPES = ("shapes", "sd3.5-medium", "tiny")
 
 
@@ -79,13 +79,14 @@ def setup(shape: str, options: list[str], device: torch.device) -> Setup:
         stock_condition = _written_out(condition)
     else:
         torch.manual_seed(0)
-        pipeline = _random_pipeline(SD35_MEDIUM if shape == "sd3.5-medium" else TINY).to(device, dtype)
+        large = shape == "sd3.5-medium"
+        pipeline = random_pipeline(*((SD35_MEDIUM, VAE) if large else (TINY, TINY_VAE))).to(device, dtype)
         separate = {**pipeline.components, "transformer": copy.deepcopy(pipeline.transformer)}
         stock, model = StableDiffusion3Pipeline(**separate), SD3(pipeline, shape, length)
         width = model.transformer.config.joint_attention_dim, model.transformer.config.pooled_projection_dim
         embeds = torch.randn(len(PROMPTS), 77 + length, width[0]).to(dtype)
         condition = stock_condition = Condition(embeds, torch.randn(len(PROMPTS), width[1]).to(dtype))
-        scorer = _random_clip("ViT-H-14" if shape == "sd3.5-medium" else "shapes", device)
+        scorer = _random_clip("ViT-H-14" if large else "shapes", device)
     stock.set_progress_bar_config(disable=True)
     policy = Policy(model, config.lora, config.train.gradient_checkpointing)
     with torch.no_grad():
@@ -98,29 +99,6 @@ def setup(shape: str, options: list[str], device: torch.device) -> Setup:
 def _written_out(condition: Condition) -> Condition:
     last = condition.embeds[:, -1:].expand(-1, condition.repeats - 1, -1)
     return Condition(torch.cat([condition.embeds, last], dim=1), condition.pooled)
-
-
-def _random_pipeline(transformer: dict[str, Any]) -> StableDiffusion3Pipeline:
-    large = transformer is SD35_MEDIUM
-    vae = AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        block_out_channels=(128, 256, 512, 512) if large else (8, 8, 8, 8),
-        layers_per_block=2 if large else 1,
-        norm_num_groups=32 if large else 4,
-        latent_channels=16,
-        scaling_factor=1.5305,
-        shift_factor=0.0609,
-        use_quant_conv=False,
-        use_post_quant_conv=False,
-    )
-    absent = "text_encoder tokenizer text_encoder_2 tokenizer_2 text_encoder_3 tokenizer_3".split()
-    return StableDiffusion3Pipeline(
-        transformer=SD3Transformer2DModel(**transformer),
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
-        vae=vae,
-        **dict.fromkeys(absent),
-    )
 
 
 def _random_clip(name: str, device: torch.device) -> ClipScorer:

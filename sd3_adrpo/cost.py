@@ -123,11 +123,12 @@ def _adapted(config: Config, model: ModelFiles) -> list[tuple[str, tuple[int, in
 def _sampling(config: Config, model: ModelFiles, item: int) -> int:
     """The frozen copies of merged layers, with a block's activations or the decoder's, whichever are more.
 
-    The decoder is widest where its last doubling has the second level's channels at full resolution, three such maps.
+    A block has 14 values of the model's width per token at once. The decoder is widest where its last doubling has the
+    second level's channels at full resolution, three such maps.
     """
     rollout = config.rollout
     copies = item * sum(out * into for _, (out, into) in _adapted(config, model)) if rollout.merge_lora else 0
-    block = rollout.batch_size * 20 * tokens_of(config, model).all * width_of(model.config) * item
+    block = rollout.batch_size * 14 * tokens_of(config, model).all * width_of(model.config) * item
     channels = list(model.vae_config.get("block_out_channels", (128, 256, 512, 512)))
     maps = 3 * channels[min(1, len(channels) - 1)] * rollout.height * rollout.width * item
     return copies + max(block, min(rollout.batch_size, rollout.decode_batch_size) * maps)
@@ -136,28 +137,37 @@ def _sampling(config: Config, model: ModelFiles, item: int) -> int:
 def _training(config: Config, model: ModelFiles, item: int) -> int:
     """What a backward pass keeps, in bytes, and as many gradients at a time as one block keeps values.
 
-    With checkpointing: one value per block, and one block's own at a time.
+    With checkpointing: one value per token and block, and the last block's own with 5.5 gradients per token.
     """
     train, tokens, layers = config.train, tokens_of(config, model), model.config.get("num_layers", 24)
-    kept = _kept(config, model, item)
-    values = kept / layers + (kept / layers + layers * tokens.all if train.gradient_checkpointing else kept)
+    values = _kept(config, model, item) * (layers + 1) / layers
+    if train.gradient_checkpointing:
+        values = (layers + 5.5) * tokens.all + _kept_by_block(config, model, item)
     return int(train.batch_size * train.sigmas_per_sample * values * width_of(model.config) * item)
 
 
 def _kept(config: Config, model: ModelFiles, item: int) -> float:
-    """Values of width w that a backward pass of one draw keeps, counted in today's SD3 blocks of diffusers.
+    """Values of width w that a backward pass of one draw keeps. A second attention keeps 8 per image token."""
+    layers, dual = model.config.get("num_layers", 24), len(model.config.get("dual_attention_layers") or ())
+    second = (8 + _in_float32(model, item)) * tokens_of(config, model).image
+    return layers * _kept_by_block(config, model, item) + dual * second
 
-    A block keeps 13 per token: inputs of two norms (2), of the adapters (1), queries and keys before and after their
-    norm with the values (5), attention (1), GELU's input (4). Nothing is kept for the gradient of a frozen weight, so
-    adapters on more layers cost what those read: 1 and 4 for the feed-forward's two, 4 for what modulation multiplies.
-    Below float32 the norms of queries and keys compute in float32: 2 values more, of 4 bytes. A second attention keeps
-    8 per image token.
+
+def _kept_by_block(config: Config, model: ModelFiles, item: int) -> float:
+    """Of a block without a second attention, counted in today's SD3 blocks of diffusers.
+
+    13 per token: inputs of two norms (2), of the adapters (1), queries and keys before and after their norm with the
+    values (5), attention (1), GELU's input (4). Nothing is kept for the gradient of a frozen weight, so adapters on
+    more layers cost what those read: 1 and 4 for the feed-forward's two, 4 for what modulation multiplies.
     """
-    layers, tokens = model.config.get("num_layers", 24), tokens_of(config, model)
-    dual = len(model.config.get("dual_attention_layers") or ())
-    in_float32 = 2 * 4 / item if item < 4 and model.config.get("qk_norm") else 0
-    per_block = 0.0
+    tokens, kept = tokens_of(config, model), 0.0
     for stream, count in (("", tokens.image), ("_context", tokens.text)):
         own = {f"ff{stream}.net.0.proj": 1, f"ff{stream}.net.2": 4, f"norm1{stream}.linear": 4}
-        per_block += count * (13 + in_float32 + sum(own[name] for name in config.lora.target_modules if name in own))
-    return layers * per_block + dual * (8 + in_float32) * tokens.image
+        more = sum(own[name] for name in config.lora.target_modules if name in own)
+        kept += count * (13 + _in_float32(model, item) + more)
+    return kept
+
+
+def _in_float32(model: ModelFiles, item: int) -> float:
+    """Below float32 the norms of queries and keys still compute there: 2 values more, of 4 bytes."""
+    return 2 * 4 / item if item < 4 and model.config.get("qk_norm") else 0

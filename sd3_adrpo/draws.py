@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,28 +40,31 @@ class Draws:
         draws, members = self.sigma.shape[1], self.units.shape[1]
         samples = self.units[rows].repeat_interleave(draws, dim=0).flatten()  # (B,)
 
-        def spread(values: Tensor) -> Tensor:  # (U, D, ...) -> (B, ...)
-            return values[rows].flatten(0, 1).repeat_interleave(members, dim=0).to(device)
+        def there(values: Any) -> Any:  # a GPU still at work on the last batch is not waited for
+            return values.to(device, non_blocking=device.type != "mps")
 
-        clean, sigma = rollout.clean[samples].to(device), spread(self.sigma)
-        more = {name: values[rows].flatten(0, 2).to(device) for name, values in self.frozen.items()}
+        def spread(values: Tensor) -> Tensor:  # (U, D, ...) -> (B, ...)
+            return there(values[rows].flatten(0, 1).repeat_interleave(members, dim=0))
+
+        clean, sigma = there(rollout.clean[samples]), spread(self.sigma)
+        more = {name: there(values[rows].flatten(0, 2)) for name, values in self.frozen.items()}
         if self.step is None:
             noise = spread(self.noise)
             noisy, target = add_noise(clean, noise, sigma), velocity_target(clean, noise)
         else:
             step = self.step[rows].flatten().repeat_interleave(members)
-            noisy = rollout.path[samples, step].to(device)
-            target = velocity_target(clean, rollout.path[samples, 0].to(device))
-            more["next_noisy"] = rollout.path[samples, step + 1].to(device)
+            noisy = there(rollout.path[samples, step])
+            target = velocity_target(clean, there(rollout.path[samples, 0]))
+            more["next_noisy"] = there(rollout.path[samples, step + 1])
             more["next_sigma"] = spread(self.next_sigma)
-            more["old"] = rollout.velocity[samples, step].to(device)
+            more["old"] = there(rollout.velocity[samples, step])
         return Batch(
-            advantage=advantage[samples].to(device),
+            advantage=there(advantage[samples]),
             sigma=sigma,
             noisy=noisy,
             target=target,
-            condition=condition.select(rollout.prompt[samples]).to(device),
-            negative=None if negative is None else negative.select(rollout.prompt[samples]).to(device),
+            condition=there(condition.select(rollout.prompt[samples])),
+            negative=None if negative is None else there(negative.select(rollout.prompt[samples])),
             **{"reference": None, **more},
         )
 

@@ -183,7 +183,7 @@ def _draw(
         for start in range(mine.start, mine.stop, batch):
             rows = slice(start, min(start + batch, mine.stop))
             clean = sample(model, prompt_index=index[rows], seeds=seeds[rows], **options)
-            images = model.decode(clean, batch)
+            images = model.decode(clean)
             scores, embeddings = scoring.with_embeddings(images, repeated[rows], embedder)
             drift = torch.zeros(len(clean), len(DRIFT_SIGMAS))
             ratio = torch.ones_like(drift)

@@ -109,8 +109,6 @@ class Run:
             config.model, dtype, self.accelerator.device, rollout.max_sequence_length, self._text_cache()
         )
         self.model.latent_shape(rollout.height, rollout.width)  # an impossible size is said here, before the rest loads
-        self.scorer = Scoring.load(config, self.accelerator.device)
-        self.embedder = load_embedder(config, self.accelerator.device)
         with self.accelerator.local_main_process_first():  # the others find its embeddings on disk
             scale = config.train.guidance_scale if rollout.guidance_scale == 1 else rollout.guidance_scale
             condition, negative = encode_prompts(self.model, self.plan.train, scale)
@@ -120,7 +118,9 @@ class Run:
             again = self.model.encode_anew([self.plan.train[-1].text])  # alone, not in the cache's batch
         if not torch.allclose(again.embeds[0].float(), condition.embeds[-1].float(), atol=1e-2, rtol=1e-2):
             raise UserError("the cached prompt embeddings differ from the text encoder's: nothing was trained")
-        self.model.drop_text_encoders()
+        self.model.drop_text_encoders()  # before the reward loads: 10 GB less at once
+        self.scorer = Scoring.load(config, self.accelerator.device)
+        self.embedder = load_embedder(config, self.accelerator.device)
         options = config.train.gradient_checkpointing, self.sharded
         torch.manual_seed(config.seed)  # the LoRA's initial weights; everything else is seeded by name
         full = config.finetune == "full"

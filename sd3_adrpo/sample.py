@@ -125,7 +125,7 @@ def draw(
                 model.pipeline.set_adapters(ADAPTER, weight)
             noise_seeds = list(seeds) * len(prompts)
             clean = sample(model, condition, index, noise_seeds, sigmas, shape, progress=bar.update, **options)
-            columns.append(quantise(model.decode(clean, evaluation.batch_size)).cpu())
+            columns.append(quantise(model.decode(clean)).cpu())
     return torch.stack(columns, dim=1).unflatten(0, (len(prompts), len(seeds)))
 
 

@@ -13,6 +13,7 @@ from pathlib import Path  # noqa: E402
 import pytest  # noqa: E402
 import tiny  # noqa: E402
 import torch  # noqa: E402
+from stand_in_gpu import gpu  # noqa: E402, F401
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -1,8 +1,8 @@
 """Objectives raise the reward of the built-in world on two prompts, the same noise before and after.
 
 RAFT and ORW-CFM-W2 only weigh samples up, so they also learn what all samples have in common: flow matching on its own
-samples, even on all of them alike, costs so small a model more than selection earns (docs/results/main). Of these two
-the tests ask for what selection adds.
+samples costs so small a model more CLIP reward than selection earns (docs/results/main). They are asked for smaller
+JPEG files, which that does not cost.
 """
 
 import json
@@ -53,17 +53,13 @@ def test_contrasts_raise_the_reward(shared, tmp_path, objective):
     assert gain.mean() > 1 and stderrs(gain) > 2, (gain.mean(), stderrs(gain))
 
 
-def test_selection_is_what_raft_gains_by(shared, tmp_path):
-    """The same number of updates on the 8 best of 128 and on all."""
-    best = gains(
-        shared, tmp_path / "best", "raft", "--objective.keep 8 --train.inner_epochs 4 --train.learning_rate 2e-4"
-    )
-    alike = gains(shared, tmp_path / "all", "raft", "--objective.keep 128 --train.learning_rate 2e-4")
-    assert (best - alike).mean() > 0.5 and stderrs(best - alike) > 2
+WEIGHTS = {
+    "raft": "--objective.keep 8 --train.inner_epochs 4 --train.learning_rate 2e-4",
+    "orw_cfm_w2": "--objective.alpha 1 --objective.tau 2",
+}
 
 
-def test_weights_are_what_orw_gains_by(shared, tmp_path):
-    options = "--objective.alpha 1 --objective.tau"
-    sharp = gains(shared, tmp_path / "sharp", "orw_cfm_w2", f"{options} 2")
-    flat = gains(shared, tmp_path / "flat", "orw_cfm_w2", f"{options} 0.01")
-    assert (sharp - flat).mean() > 0.5 and stderrs(sharp - flat) > 2
+@pytest.mark.parametrize("objective", WEIGHTS)
+def test_weighing_up_raises_a_reward_that_samples_of_oneself_do_not_lower(shared, tmp_path, objective):
+    gain = gains(shared, tmp_path / "run", objective, f"--reward jpeg {WEIGHTS[objective]}")  # kB
+    assert gain.mean() > 0.03 and stderrs(gain) > 5, (gain.mean(), stderrs(gain))

@@ -5,6 +5,8 @@ Weights on the hub are stored in 16 bits.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 SD3_MEDIUM = {  # 2.0 billion weights
@@ -41,7 +43,18 @@ TRANSFORMERS = {
     "stabilityai/stable-diffusion-3.5-large": SD35_LARGE,
     "stabilityai/stable-diffusion-3.5-large-turbo": SD35_LARGE,
 }
-VAE = {"block_out_channels": (128, 256, 512, 512), "layers_per_block": 2, "latent_channels": 16}
+VAE = {
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+    "block_out_channels": (128, 256, 512, 512),
+    "layers_per_block": 2,
+    "norm_num_groups": 32,
+    "latent_channels": 16,
+    "scaling_factor": 1.5305,
+    "shift_factor": 0.0609,
+    "use_quant_conv": False,
+    "use_post_quant_conv": False,
+}
 OTHER_PARTS = {  # weights: CLIP-L, CLIP-bigG and T5-XXL with their projections, and the VAE
     "text_encoder": 123_650_304,
     "text_encoder_2": 694_659_840,
@@ -57,3 +70,21 @@ def transformer_shapes(config: dict) -> dict[str, tuple[int, ...]]:
     with torch.device("meta"):
         state = SD3Transformer2DModel(**config).state_dict()
     return {name: tuple(value.shape) for name, value in state.items()}
+
+
+def random_pipeline(transformer: dict, vae: dict) -> Any:
+    """A pipeline of these shapes with random weights and without text encoders, to measure speed and memory with."""
+    from diffusers import (
+        AutoencoderKL,
+        FlowMatchEulerDiscreteScheduler,
+        SD3Transformer2DModel,
+        StableDiffusion3Pipeline,
+    )
+
+    absent = "text_encoder tokenizer text_encoder_2 tokenizer_2 text_encoder_3 tokenizer_3".split()
+    return StableDiffusion3Pipeline(
+        transformer=SD3Transformer2DModel(**transformer),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=AutoencoderKL(**vae),
+        **dict.fromkeys(absent),
+    )

@@ -194,8 +194,11 @@ class SD3:
         )[0]
 
     @torch.no_grad()
-    def decode(self, clean: Tensor, batch_size: int = 16) -> Tensor:
-        """Images (B, 3, H, W), float32 in [0, 1], on the device of `clean` (B, C, h, w)."""
+    def decode(self, clean: Tensor, batch_size: int = 8) -> Tensor:
+        """Images (B, 3, H, W), float32 in [0, 1], on the device of `clean` (B, C, h, w).
+
+        `batch_size` of them at a time: as fast as all, at 0.4 GB each (512 px, bfloat16).
+        """
         config, images = self.vae.config, []
         for chunk in clean.split(batch_size):
             latent = chunk.to(self.device, torch.float32) / config.scaling_factor + config.shift_factor
