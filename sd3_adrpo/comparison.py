@@ -123,8 +123,11 @@ def _number(mean: float | None, half: float | None, digits: int | None = None) -
 
 
 def figures(runs: Sequence[Record], folder: Path, ceilings: dict[str, dict[str, float]] | None = None) -> list[Path]:
-    """Reward against diversity and drift, and accuracy and reward over images: measurements on the way faint, finals
-    starred. `ceilings`: name -> metrics of what the world allows."""
+    """Reward against diversity and drift, and accuracy and reward over images. Faint: measurements on the way and each
+    seed's end; starred: the end, the mean of the seeds with its 95 % interval.
+
+    `ceilings`: name -> metrics of what the world allows. Those far above all runs are only named.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -140,8 +143,8 @@ def figures(runs: Sequence[Record], folder: Path, ceilings: dict[str, dict[str, 
         if all(run["after"].get(name) is None for run in runs for name in (x, y) if name != "images"):
             continue
         figure, axes = plt.subplots(figsize=(6.4, 4.8))
-        for run in runs:
-            _draw(axes, run, x, y, colours[run["label"]])
+        for label, own in by_label(runs).items():
+            _draw(axes, own, x, y, colours[label])
         base = runs[0]["before"]
         if x != "images" and base.get(x) is not None:
             axes.plot(base[x], base[y], "k*", markersize=13, label="base", zorder=4)
@@ -150,7 +153,7 @@ def figures(runs: Sequence[Record], folder: Path, ceilings: dict[str, dict[str, 
         axes.set_ylabel(y)
         handles, labels = axes.get_legend_handles_labels()
         unique = dict(zip(labels, handles, strict=True))
-        beside = {"loc": "upper left", "bbox_to_anchor": (1.01, 1)} if len(unique) > 8 else {}  # else over the points
+        beside = {"loc": "upper left", "bbox_to_anchor": (1.01, 1)} if len(unique) > 6 else {}  # else over the points
         axes.legend(unique.values(), unique.keys(), fontsize=8, frameon=False, **beside)
         path = folder / f"{y}_against_{x}.png"
         figure.savefig(path, dpi=110, bbox_inches="tight")
@@ -159,17 +162,36 @@ def figures(runs: Sequence[Record], folder: Path, ceilings: dict[str, dict[str, 
     return paths
 
 
-def _draw(axes: Any, run: Record, x: str, y: str, colour: tuple[float, ...]) -> None:
-    points = [(p[x], p[y]) for p in run["history"] if p[x] is not None and p[y] is not None]
-    if not points:
-        return
-    axes.plot(*zip(*points, strict=True), "-o", color=colour, alpha=0.3, markersize=3, linewidth=1)
-    axes.plot(*points[-1], "*", color=colour, markersize=13, label=run["label"])
+def _draw(axes: Any, runs: Sequence[Record], x: str, y: str, colour: tuple[float, ...]) -> None:
+    """The runs of one label."""
+    ends, over = [], {}
+    faint = 0.15 if len(runs) > 1 else 0.35
+    for run in runs:
+        points = [(p[x], p[y]) for p in run["history"] if p[x] is not None and p[y] is not None]
+        if points:
+            axes.plot(*zip(*points, strict=True), "-o", color=colour, alpha=faint, markersize=3, linewidth=1)
+            axes.plot(*points[-1], "*", color=colour, alpha=0.4, markersize=6)
+            ends.append(points[-1])
+            for images, value in points:
+                over.setdefault(images, []).append(value)
+    if x == "images" and ends:
+        axes.plot(sorted(over), [math.fsum(over[at]) / len(over[at]) for at in sorted(over)], color=colour)
+    if ends:
+        (across, width), (up, height) = (mean_and_interval(values) for values in zip(*ends, strict=True))
+        sizes = {"xerr": width if x != "images" else None, "yerr": height, "elinewidth": 0.8}
+        axes.errorbar(across, up, **sizes, fmt="*", color=colour, markersize=14, label=runs[0]["label"], zorder=3)
 
 
 def _mark(axes: Any, ceilings: dict[str, dict[str, float]], x: str, y: str) -> None:
+    low, high = axes.get_ylim()
+    above = []
     for name, values in ceilings.items():
         if values.get(y) is None:
             continue
+        if values[y] > high + (high - low) / 3:
+            above.append(f"{name} {values[y]:.3g}")
+            continue
         axes.axhline(values[y], color="0.6", linewidth=0.8, linestyle=":")
         axes.annotate(name, (1, values[y]), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=7)
+    if above:
+        axes.set_title("above: " + ", ".join(above), loc="right", fontsize=7)

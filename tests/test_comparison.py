@@ -7,6 +7,7 @@ import types
 from pathlib import Path
 
 import pytest
+from matplotlib.axes import Axes
 
 import train_sd3
 from sd3_adrpo import comparison
@@ -75,6 +76,20 @@ def test_table_and_figures(finished, tmp_path):
     paths = comparison.figures(runs, tmp_path, {"drawn": {"reward": 9.0}})
     assert {path.name for path in paths} >= {"reward_against_free_diversity.png", "reward_against_images.png"}
     assert "accuracy_against_images.png" not in {path.name for path in paths}  # there is none to show
+
+
+def test_figures_star_the_mean_of_the_seeds_with_its_interval(finished, tmp_path, monkeypatch):
+    run = comparison.record(finished, "adrpo")
+    runs = [{**run, "seed": s, "history": [run["history"][0], values(r)]} for s, r in enumerate((4.0, 6.0))]
+    runs = [{**run, "history": [{**point, "images": 0} for point in run["history"]]} for run in runs]
+    drawn = []
+    bars = Axes.errorbar
+    monkeypatch.setattr(
+        Axes, "errorbar", lambda axes, x, y, **more: drawn.append((y, more)) or bars(axes, x, y, **more)
+    )
+    comparison.figures(runs, tmp_path, {"drawn": {"reward": 900.0}})
+    mean, more = drawn[0]
+    assert mean == 5.0 and more["yerr"] == pytest.approx(12.7062, rel=1e-4)  # t of 1 degree of freedom, stderr 1
 
 
 def test_differences_are_paired_by_seed(finished):

@@ -26,6 +26,20 @@ def test_sd35_medium_at_512_and_1024_pixels():
     assert forward_flops(SD35_MEDIUM, Tokens(4096, 205)) == pytest.approx(10.9e12, rel=0.03)
 
 
+@pytest.mark.parametrize("name", ["stable-diffusion-3.5-medium", "stable-diffusion-3.5-large"])
+def test_operations_at_true_size_equal_a_count(name):
+    shape = published.TRANSFORMERS[f"stabilityai/{name}"]
+    with torch.device("meta"):
+        made = published.random_pipeline(shape, published.VAE)
+        attention = sdpa_kernel(SDPBackend.MATH)  # its products are counted
+        with torch.no_grad(), attention, FlopCounterMode(display=False) as counter:
+            made.transformer(torch.randn(1, 16, 64, 64), torch.randn(1, 205, 4096), torch.randn(1, 2048), torch.ones(1))
+        assert forward_flops(shape, Tokens(1024, 205)) == pytest.approx(counter.get_total_flops(), rel=0.01)
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            made.vae.decode(torch.randn(1, 16, 64, 64))
+        assert decoder_flops(published.VAE, 512, 512) == pytest.approx(counter.get_total_flops(), rel=0.05)
+
+
 @pytest.mark.parametrize(
     "name, weights, adapters",  # by hand: 8 matrices a block, 7 in the last
     [
