@@ -52,7 +52,7 @@ def trainer(pipeline: StableDiffusion3Pipeline, reward, *options: str) -> Traine
 
 @pytest.mark.parametrize("objective", [text.strip() for text in OBJECTIVES.split(";")])
 def test_an_epoch_stays_on_its_device_and_never_waits_in_an_update(gpu: StandInGPU, tiny_sd35, objective):
-    options = """--rollout.prompts_per_epoch 2 --rollout.samples_per_prompt 4 --rollout.num_inference_steps 2
+    options = """--rollout.prompts_per_epoch 2 --rollout.samples_per_prompt 4 --rollout.num_inference_steps 3
         --rollout.batch_size 4 --rollout.height 64 --rollout.width 64 --train.batch_size 2 --lora.rank 2
         --train.gradient_accumulation_steps 2 --train.sigmas_per_sample 2"""
     pipeline = StableDiffusion3Pipeline.from_pretrained(str(tiny_sd35), dtype=torch.bfloat16)
@@ -73,7 +73,7 @@ def test_an_epoch_stays_on_its_device_and_never_waits_in_an_update(gpu: StandInG
 
     made._freeze, made._step = watched, stepped
     metrics, logs = made.run_epoch(lambda *_: None)
-    assert len(waits) == len(logs) >= 2 and not any(waits.values()), waits
+    assert len(waits) == len(logs) >= 1 and not any(waits.values()), waits
 
 
 def test_the_clip_reward_scores_where_it_lies(gpu: StandInGPU):
