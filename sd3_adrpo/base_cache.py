@@ -19,9 +19,11 @@ import torch
 from .config import Config
 from .evaluation import Measurement
 from .prompts import Prompt, file_hash
+from .rewards._mixed import named_parts
 from .types import Rollout
 
 Kept = TypeVar("Kept", Rollout, Measurement)
+HOW = ("batch_size", "decode_batch_size", "overlap_scoring")  # a rollout is computed, not what is drawn
 
 
 class BaseCache:
@@ -30,13 +32,12 @@ class BaseCache:
 
     def __init__(self, folder: str | None, config: Config, train: list[Prompt], test: list[Prompt]) -> None:
         self.folder = Path(folder).expanduser() if folder else None
-        common = [config.model, config.train.mixed_precision, _plain(config.reward), _plain(config.watch)]
-        rollout = [_plain(config.rollout), config.objective.noise_level]
-        if pairs := getattr(config.objective, "pairs_file", None):
-            rollout.append(file_hash(pairs))
+        scores = [_reward(part) for reward in (config.reward, config.watch) for part in named_parts(reward).values()]
+        common = [config.model, config.train.mixed_precision, _plain(config.reward), _plain(config.watch), scores]
+        size = [getattr(config.rollout, name) for name in ("height", "width", "shift", "max_sequence_length")]
         self.names = {
-            Rollout: _name("samples", *common, config.seed, *rollout, [prompt.text for prompt in train]),
-            Measurement: _name("before", *common, _plain(config.eval), rollout[0], [prompt.text for prompt in test]),
+            Rollout: _name("samples", *common, sampling(config, train)),
+            Measurement: _name("before", *common, _plain(config.eval), size, list(map(_plain, test))),
         }
 
     def __call__(self, kind: type[Kept], make: Callable[[], Kept]) -> tuple[Kept, float]:
@@ -56,10 +57,24 @@ class BaseCache:
         return value, 0.0
 
 
+def sampling(config: Config, prompts: list[Prompt]) -> str:
+    """Names all that an epoch's samples depend on but the weights and the scores; batch sizes do not change images."""
+    rollout = {name: value for name, value in _plain(config.rollout).items() if name not in HOW}
+    pairs = getattr(config.objective, "pairs_file", None)
+    rest = config.objective.noise_level, pairs and file_hash(pairs), list(map(_plain, prompts))
+    return _name("sampling", config.seed, rollout, *rest)
+
+
+def _reward(part: object) -> str | None:
+    """Of a reward that is a function in a file: what the file says, which its options do not."""
+    file = Path((getattr(part, "function", None) or "").rpartition(":")[0]).expanduser()
+    return file_hash(file) if file.suffix == ".py" and file.is_file() else None
+
+
 def _plain(options: object) -> dict:
     return dataclasses.asdict(options)
 
 
 def _name(kind: str, *parts: object) -> str:
-    digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+    digest = hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
     return f"{kind}_{digest[:16]}.pt"

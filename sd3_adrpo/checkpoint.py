@@ -53,7 +53,7 @@ def find_checkpoint(path: str, output_dir: str | None) -> Path:
         root = candidates[-1]
     if (root / STATE).is_file():
         return root
-    found = sorted(root.glob(f"checkpoints/*/{STATE}")) or sorted(root.glob(f"*/{STATE}"))
+    found = sorted(root.glob(f"checkpoints/*/{STATE}"), key=_age) or sorted(root.glob(f"*/{STATE}"), key=_age)
     if not found:
         raise UserError(
             f"resume_from_checkpoint is {path!r}: no checkpoint there. Give a run folder, a checkpoint or 'latest'"
@@ -63,5 +63,10 @@ def find_checkpoint(path: str, output_dir: str | None) -> Path:
 
 def prune(folder: Path, keep: int) -> None:
     """Removes all but the newest `keep` checkpoints of a run."""
-    for old in sorted(path for path in folder.glob("epoch-*") if path.suffix != ".tmp")[:-keep]:
-        shutil.rmtree(old, ignore_errors=True)
+    for old in sorted(folder.glob(f"epoch-*/{STATE}"), key=_age)[:-keep]:
+        shutil.rmtree(old.parent, ignore_errors=True)
+
+
+def _age(state: Path) -> tuple[int, str]:
+    """By when it was written: who went back to epoch 20 goes on from the 24 that came after it, not from the old 30."""
+    return state.stat().st_mtime_ns, str(state)

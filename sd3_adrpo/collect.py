@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from .config import Config
+from .errors import UserError
 from .fp8 import in_float8
 from .models.sd3 import SD3
 from .overlap import worked_on
@@ -97,6 +98,11 @@ class Collector:
             rows = slice(start, start + rollout.batch_size)
             seeds = [seed_for(self.config.seed, "rollout", epoch, number) for number in numbers[rows]]
             latents = self._latents(prompt[rows], seeds)
+            if not latents["clean"].isfinite().all():
+                raise UserError(
+                    f"epoch {epoch + 1} samples latents that are not finite, the weights are broken: go back to an "
+                    "older checkpoint with a lower train.learning_rate, or leave fp16 for train.mixed_precision bf16"
+                )
             yield prompt[rows], latents, self.model.decode(latents["clean"], rollout.decode_batch_size)
 
     def _scored(self, sampled: Sampled) -> Rollout:

@@ -125,7 +125,8 @@ class Config:
     # reward up and the first watched reward, or else the built-in world's accuracy, down: say so, stop, or stop and go
     # back to the best LoRA; looks at every evaluation, so give evaluation_epochs too
     alarm: Literal["off", "warn", "stop", "restore"] = "off"
-    drift_limit: float | None = None  # a measured w2_drift above it ends the run, which is then measured and kept
+    # a w2_drift above it, at an evaluation (evaluation_epochs), ends the run, which is then measured and kept
+    drift_limit: float | None = None
     alarm_stderrs: float = 3.0  # standard errors by which the held-out signal must have fallen
 
     def __post_init__(self) -> None:

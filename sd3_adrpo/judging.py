@@ -47,14 +47,14 @@ class Judge:
         """The base, measured once per run."""
         path, before = self.folder / "before.pt", None
         if resumed and path.exists():
-            before = Measurement(**torch.load(path, weights_only=True))
-            if before.scores.keys() != self.scorer.scorers.keys():  # another reward is optimised or watched now
-                before = None
+            saved = torch.load(path, weights_only=True)
+            if saved.get("of") == base_cache.names[Measurement]:  # else it is measured otherwise now
+                before = Measurement(**saved["value"])
         if any_process(before is None, self.accelerator):  # measuring takes all of them
             with self.policy.reference():
                 before, _ = base_cache(Measurement, lambda: self._measure(None, "before"))
             if self.main:
-                torch.save(vars(before), path)
+                torch.save({"of": base_cache.names[Measurement], "value": vars(before)}, path)
         self.base = before
         if self.config.alarm != "off" and self.alarm.best is None:  # the base may stay the best
             self.alarm(0, before, self._weights())

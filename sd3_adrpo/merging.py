@@ -1,8 +1,9 @@
 """Sampling with the LoRA folded into the frozen weights: one matrix product per layer instead of three.
 
 The merged weight W + (alpha / r) B A is added up in float32 and rounded once to W's type. In float32 its velocities
-equal the adapters' to rounding, 1e-5 of their norm. In bfloat16 the sum is rounded as W itself once was: see
-docs/performance.md for how far that moves a velocity, against what bfloat16 arithmetic does to it anyway.
+equal the adapters' to rounding, 1e-5 of their norm. In bfloat16, whose steps are larger than what a LoRA learns first,
+rounding to the nearest would give W back; so it is rounded up or down in proportion (`dithered`). docs/performance.md
+says how far that moves a velocity, against what bfloat16 arithmetic does to it anyway.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ def merged(layers: Sequence[BaseTunerLayer], adapter: str) -> Iterator[None]:
             weight = layer.get_base_layer().weight
             total = weight.data.float() + layer.get_delta_weight(adapter).detach().float()
             frozen.append((weight, weight.data))
-            weight.data = total.to(weight.dtype)
+            weight.data = dithered(total) if weight.dtype == torch.bfloat16 else total.to(weight.dtype)
             layer._disable_adapters = True
         yield
     finally:
@@ -35,3 +36,16 @@ def merged(layers: Sequence[BaseTunerLayer], adapter: str) -> Iterator[None]:
             weight.data = original
         for layer, flag in zip(layers, disabled, strict=True):
             layer._disable_adapters = flag
+
+
+def dithered(values: torch.Tensor) -> torch.Tensor:
+    """float32 to bfloat16, up or down with a chance that makes the mean right; what bfloat16 has exactly stays.
+
+    The chances are a fixed hash of a value's place, so the same weights give the same images, on any device.
+    """
+    place = torch.arange(values.numel(), dtype=torch.int32, device=values.device)
+    for factor, shift in ((0x3C6EF372, 15), (0x5BD1E995, 13)):
+        place = place * factor  # int32 wraps around
+        place = place ^ (place >> shift)
+    bits = values.contiguous().view(torch.int32).flatten() + (place & 0xFFFF)  # carries into the bits that are kept
+    return (bits & -0x10000).view(torch.float32).view_as(values).bfloat16()

@@ -8,11 +8,17 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from huggingface_hub import constants, try_to_load_from_cache
+
 from . import shapes
 from .errors import UserError
 
 HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+$")
 ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I8": 1, "U8": 1, "F8_E4M3": 1, "F8_E5M2": 1}
+
+
+class Incomplete(UserError):
+    """A model of which a part is missing."""
 
 
 @dataclass
@@ -50,8 +56,15 @@ class ModelFiles:
 def inspect_model(model: str) -> ModelFiles:
     """`model` is "shapes", a local folder or a hub id. UserError where it is missing, incomplete or no SD3."""
     folder = _folder(model)
-    if folder is None:
-        return _published(model)
+    try:
+        return _published(model) if folder is None else _inspect(model, folder)
+    except Incomplete:
+        if model == "shapes" or Path(model).expanduser().exists() or constants.HF_HUB_OFFLINE:
+            raise
+        return _published(model)  # a download that was cut short: it goes on where it stopped
+
+
+def _inspect(model: str, folder: Path) -> ModelFiles:
     index = _json(folder / "model_index.json")
     if index.get("_class_name") != "StableDiffusion3Pipeline":
         raise UserError(
@@ -64,7 +77,9 @@ def inspect_model(model: str) -> ModelFiles:
         if not isinstance(kind, list) or kind[0] is None or part.startswith(("tokenizer", "scheduler", "_")):
             continue
         if not (folder / part).is_dir():
-            raise UserError(f"{model} is incomplete: its model_index.json names {part}, which is not in {folder}")
+            raise Incomplete(
+                f"{model} is incomplete: its model_index.json names {part}, which is not in {folder}. Download it again"
+            )
         tensors = {name: entry for file in _weight_files(folder / part) for name, entry in _header(file).items()}
         if part == "transformer":
             found.config = _json(folder / part / "config.json")
@@ -123,8 +138,6 @@ def _folder(model: str) -> Path | None:
 
 def _cached(model: str) -> Path | None:
     """Folder of a hub model in the local cache, or None when it has yet to be downloaded. Asks no network."""
-    from huggingface_hub import constants, try_to_load_from_cache
-
     index = try_to_load_from_cache(model, "model_index.json")
     if isinstance(index, str):
         return Path(index).parent
@@ -161,5 +174,7 @@ def _header(file: Path) -> dict[str, dict]:
 def _json(file: Path) -> dict:
     try:
         return json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise Incomplete(f"{file} is missing: download the model again") from None
     except (OSError, ValueError) as error:
         raise UserError(f"{file} cannot be read: {error}") from None

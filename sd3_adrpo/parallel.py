@@ -8,13 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from types import SimpleNamespace
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.utils import InitProcessGroupKwargs, gather_object
 from torch import Tensor
 
+from .config import Config
 from .errors import UserError
 
 ALONE = SimpleNamespace(num_processes=1, process_index=0, is_main_process=True)  # for programs of one process
@@ -62,6 +64,14 @@ def any_process(flag: bool, accelerator: Accelerator) -> bool:
     if accelerator.num_processes == 1:
         return flag
     return bool(accelerator.reduce(torch.tensor(float(flag), device=accelerator.device), "sum").item())
+
+
+def patience(config: Config) -> InitProcessGroupKwargs:
+    """How long processes wait for each other: for a reward's retries, and for a checkpoint on a slow disk.
+
+    NCCL's own limit of ten minutes would end them while one still waits for its reward's answer.
+    """
+    return InitProcessGroupKwargs(timeout=timedelta(seconds=7200 + config.reward_timeout * (config.reward_retries + 1)))
 
 
 @contextmanager

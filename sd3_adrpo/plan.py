@@ -86,6 +86,11 @@ def _check_options(config: Config) -> None:
         from . import fp8  # late: loads torch
 
         fp8.check(config)
+    if config.drift_limit is not None and not config.evaluation_epochs:
+        raise UserError(
+            f"drift_limit is {config.drift_limit:g}, and nothing would be measured before the end: give "
+            "evaluation_epochs, e.g. 2, too"
+        )
     if config.compile and config.finetune == "full":
         raise UserError("compile is for a LoRA, whose frozen reference is the same compiled transformer: leave it out")
     if config.train.optimizer == "adamw_8bit" and importlib.util.find_spec("torchao") is None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from .advantages import Advantages
-from .base_cache import BaseCache
+from .base_cache import BaseCache, sampling
 from .collect import Collector
 from .draws import Draws, fresh_noise, path_steps
 from .flat_rewards import FlatRewards
@@ -49,8 +49,12 @@ class Trainer:
         self.advantages = Advantages(self.objective.advantage, self.condition.pooled)
         self.optimizer = make_optimizer(self.policy.parameters(), train)
         total = config.epochs * train.inner_epochs * self.updates_per_pass
+        warming = train.lr_scheduler == "constant" and train.lr_warmup_steps  # diffusers' constant knows no warm-up
         self.scheduler = get_scheduler(
-            train.lr_scheduler, self.optimizer, num_warmup_steps=train.lr_warmup_steps, num_training_steps=total
+            "constant_with_warmup" if warming else train.lr_scheduler,
+            self.optimizer,
+            num_warmup_steps=train.lr_warmup_steps,
+            num_training_steps=total,
         )
         self.scaler = torch.amp.GradScaler(enabled=train.mixed_precision == "fp16" and self.model.device.type == "cuda")
         self.epoch = self.inner = self.update = 0
@@ -90,10 +94,13 @@ class Trainer:
         return metrics, self._to_numbers(logs)
 
     def _to_numbers(self, logs: list[dict[str, Tensor]]) -> list[dict[str, float]]:
-        """Means over the processes. Metrics stay on the device until here: one message, one wait per epoch."""
+        """Sums over the processes, each of which has its part of a mean.
+
+        Metrics stay on the device until here: one message, one wait per epoch.
+        """
         if not logs:
             return []
-        values = self.accelerator.reduce(torch.stack([torch.stack(list(log.values())) for log in logs]), "mean")
+        values = self.accelerator.reduce(torch.stack([torch.stack(list(log.values())) for log in logs]), "sum")
         return [dict(zip(log, row, strict=True)) for log, row in zip(logs, values.tolist(), strict=True)]
 
     # prompts -> latents -> images -> rewards -> advantages
@@ -157,7 +164,7 @@ class Trainer:
                 loss, found = self.objective.loss(velocity, batch)
                 self.scaler.scale(loss * weight).backward()
                 metrics = {name: metrics.get(name, 0) + weight * value for name, value in found.items()}
-            metrics["grad_norm"] = self._step()
+            metrics["grad_norm"] = self._step() / self.accelerator.num_processes  # the same on all, summed later
             logs.append(metrics)
             self.update = update + 1
             done = self.inner * self.updates_per_pass + update + 1
@@ -208,17 +215,24 @@ class Trainer:
         return draws.batch(rows, self.rollout, self.advantage, self.condition, self.model.device, negative)
 
     def _step(self) -> Tensor:
-        """One optimiser step on the summed gradient of all processes, clipped; returns its norm before clipping."""
+        """One optimiser step on the summed gradient of all processes, clipped; returns its norm before clipping.
+
+        A gradient that is not finite counts as 0, which the host need not wait to see.
+        """
         parameters = [p for p in self.policy.parameters() if p.grad is not None]
         sum_gradients([p for p in parameters if not isinstance(p, DTensor)], self.accelerator)  # FSDP summed the others
         self.scaler.unscale_(self.optimizer)  # after the sum, in which one process's overflow reaches all
         norm = torch.nn.utils.clip_grad_norm_(parameters, self.config.train.max_grad_norm)
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm.detach()
+        for parameter in parameters:  # one gradient that overflowed would end in weights that are not numbers
+            grad = parameter.grad.to_local() if isinstance(parameter.grad, DTensor) else parameter.grad
+            grad.masked_fill_(~norm.isfinite(), 0.0)
         self.scaler.step(self.optimizer)
         self.policy.updated()
         self.scaler.update()
         self.scheduler.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return norm.full_tensor() if isinstance(norm, DTensor) else norm.detach()
+        return norm
 
     def _check_stop(self) -> None:
         """Where the state is whole, and all processes come by: they stop together."""
@@ -244,6 +258,7 @@ class Trainer:
             "scaler": self.scaler.state_dict(),
             "advantages": self.advantages.state_dict(),
             "rollout": rollout,
+            "sampling": sampling(self.config, self.prompts),
             "sampled": [vars(part) for part in self.collector.done] if whole else [],
         }
 
@@ -258,6 +273,11 @@ class Trainer:
         self._reschedule(given)
         self.epoch, self.inner, self.update = (state["progress"][name] for name in ("epoch", "inner", "update"))
         self.rollout = self.draws = None
+        if state.get("sampling") != sampling(
+            self.config, self.prompts
+        ):  # the epoch begins anew, with what is asked for now
+            self.inner = self.update = 0
+            return
         if state["rollout"] is not None:
             saved = dict(state["rollout"])
             self.advantage, self.weighing = saved.pop("advantage"), saved.pop("weighing")

@@ -7,6 +7,7 @@ import torch
 
 from sd3_adrpo import cli, plan
 from sd3_adrpo.alarm import Alarm
+from sd3_adrpo.errors import UserError
 from sd3_adrpo.run import Run
 
 PROMPT = torch.arange(20).repeat_interleave(4)
@@ -81,9 +82,15 @@ def test_a_drift_above_the_limit_ends_the_run(tmp_path):
     prompts.write_text("a red circle\ntwo blue squares\n")
     options = f"""--prompts {prompts} --rollout.prompts_per_epoch 2 --rollout.samples_per_prompt 2 --epochs 3
         --rollout.num_inference_steps 2 --train.sigmas_per_sample 1 --eval.samples_per_prompt 2 --report_to none
-        --eval.num_inference_steps 2 --lora.rank 2 --evaluation_epochs 1 --drift_limit 1e-12
+        --eval.num_inference_steps 2 --lora.rank 2 --evaluation_epochs 1 --drift_limit 1e-12 --checkpointing_epochs 10
         --output_dir {tmp_path / "run"}""".split()
     config = cli.parse(options)
     summary = Run(config, plan.check(config))()
     assert summary["epochs"] == 1 and "above drift_limit 1e-12" in summary["ended_early"]
     assert (tmp_path / "run" / "lora" / "pytorch_lora_weights.safetensors").exists()  # measured and kept all the same
+    assert (tmp_path / "run" / "checkpoints" / "epoch-0001").exists()  # between two of checkpointing_epochs
+
+
+def test_a_drift_limit_that_nothing_looks_at_is_refused():
+    with pytest.raises(UserError, match="drift_limit is 0.1, and nothing.*evaluation_epochs"):
+        plan.check(cli.parse(["--drift_limit", "0.1"]))

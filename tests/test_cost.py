@@ -1,5 +1,6 @@
 """Predicted work and memory: the published figures of SD3.5-medium, and counts of real passes."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from sd3_adrpo import cli, plan
 from sd3_adrpo.cost import Tokens, _kept, decoder_flops, forward_flops, memory, tokens_of
+from sd3_adrpo.errors import UserError
 from sd3_adrpo.model_files import ModelFiles, inspect_model
 from sd3_adrpo.models import published
 from sd3_adrpo.models.sd3 import SD3
@@ -57,6 +59,25 @@ def test_published_models_are_known_before_they_are_here(name, weights, adapters
     config = cli.parse(["--model", f"stabilityai/{name}"])
     assert model.lora_parameters(config.lora.target_modules, 32) == adapters
     assert tokens_of(config, model) == Tokens(1024, 77 + config.rollout.max_sequence_length)
+
+
+def test_a_download_that_was_cut_short_can_go_on(monkeypatch, tmp_path):
+    name = "stabilityai/stable-diffusion-3.5-medium"
+    snapshot = tmp_path / "snapshots" / "1"
+    snapshot.mkdir(parents=True)
+    parts = {"_class_name": "StableDiffusion3Pipeline", "transformer": ["diffusers", "SD3Transformer2DModel"]}
+    (snapshot / "model_index.json").write_text(json.dumps(parts))
+    found = str(snapshot / "model_index.json")
+    monkeypatch.setattr("sd3_adrpo.model_files.try_to_load_from_cache", lambda model, file: found)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    assert inspect_model(name).folder is None and inspect_model(name).parameters["transformer"] == 2_469_663_936
+    (snapshot / "transformer").mkdir()  # and nothing in it yet
+    assert inspect_model(name).folder is None
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError, match="missing: download"):
+        inspect_model(name)
+    with pytest.raises(UserError, match="missing: download"):
+        inspect_model(str(snapshot))
 
 
 def test_dry_run_of_a_published_model_that_is_not_here(monkeypatch, tmp_path, capsys):

@@ -11,6 +11,7 @@ from tiny import SEQUENCE
 
 from sd3_adrpo import cli, cost
 from sd3_adrpo.collect import Collector
+from sd3_adrpo.measuring import measure
 from sd3_adrpo.model_files import inspect_model
 from sd3_adrpo.models.published import TRANSFORMERS, VAE, random_pipeline
 from sd3_adrpo.models.sd3 import SD3
@@ -74,6 +75,19 @@ def test_an_epoch_stays_on_its_device_and_never_waits_in_an_update(gpu: StandInG
     made._freeze, made._step = watched, stepped
     metrics, logs = made.run_epoch(lambda *_: None)
     assert len(waits) == len(logs) >= 1 and not any(waits.values()), waits
+
+
+def test_a_measurement_and_a_saved_state_stay_on_their_device(gpu: StandInGPU, tiny_sd35):
+    pipeline = StableDiffusion3Pipeline.from_pretrained(str(tiny_sd35), dtype=torch.bfloat16).to(DEVICE)
+    made = trainer(pipeline, Brightness(), *"--eval.samples_per_prompt 2 --eval.num_inference_steps 2".split())
+    with made.policy.merged():
+        pass
+    own = made.collector
+    found = measure(own.policy, own.model, own.scorer, own.prompts, own.config.eval, 64, 64, condition=own.condition)
+    assert found.images.shape == (4, 3, 64, 64) and found.reward.device.type == "cpu"
+    assert found.w2_drift.shape == (4,) and found.images.device.type == "cpu"
+    made.load_state_dict(made.state_dict())
+    assert all(parameter.is_meta for parameter in made.policy.parameters())
 
 
 def test_the_clip_reward_scores_where_it_lies(gpu: StandInGPU):

@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from sd3_adrpo import log
 from sd3_adrpo.errors import UserError
 from sd3_adrpo.parallel import failing_together, gather_rows, share
 
@@ -71,7 +72,7 @@ def test_processes_train_on_the_same_samples(runs, processes):
 def test_processes_share_a_measurement(runs, processes):
     """Six images, of which 4 processes draw 1, 2, 1 and 2: every value in its own row."""
     folder, _ = runs
-    one, other = (torch.load(folder / f"on{n}" / "before.pt", weights_only=True) for n in (1, processes))
+    one, other = (torch.load(folder / f"on{n}" / "before.pt", weights_only=True)["value"] for n in (1, processes))
     assert one["prompt"].tolist() == other["prompt"].tolist() == [0, 0, 1, 1, 2, 2]
     assert (one["images"].int() - other["images"].int()).abs().max() <= 1  # a grey level, where rounding tips it
     assert one["reward"].unique().numel() == 6 and one["scores"].keys() == other["scores"].keys()
@@ -80,6 +81,15 @@ def test_processes_share_a_measurement(runs, processes):
     torch.testing.assert_close(other["accuracy"], one["accuracy"], equal_nan=True)
     first, second = (json.loads((folder / f"on{n}" / "summary.json").read_text())["after"] for n in (1, processes))
     assert first["w2_drift"] == pytest.approx(second["w2_drift"], rel=1e-3) and first["w2_drift"] > 0
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_processes_log_the_same_metrics(runs, processes):
+    folder, _ = runs
+    one, other = (log.read(folder / f"on{n}" / "metrics.jsonl", "update")[0] for n in (1, processes))
+    assert one.keys() == other.keys() and one["fm"] > 0.1 and one["grad_norm"] > 0
+    assert one.pop("kind") == other.pop("kind")
+    assert other == pytest.approx(one, rel=0.02, abs=1e-4)
 
 
 def _lora(folder: Path) -> dict[str, torch.Tensor]:

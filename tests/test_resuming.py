@@ -1,6 +1,7 @@
 """A run that goes on: what was half done, options given anew, and crashes while a checkpoint is written."""
 
 import json
+import os
 
 import pytest
 import torch
@@ -10,6 +11,8 @@ from small import small_trainer
 from sd3_adrpo import checkpoint, cli, judging, plan
 from sd3_adrpo.base_cache import BaseCache
 from sd3_adrpo.collect import Collector
+from sd3_adrpo.errors import UserError
+from sd3_adrpo.folders import dated_folder
 from sd3_adrpo.run import Run
 from sd3_adrpo.trainer import Trainer
 
@@ -156,3 +159,112 @@ def test_no_pass_has_more_samples_than_the_batch(tmp_path, monkeypatch, units, m
     trainer = small_trainer(tmp_path, "--train.batch_size", str(batch))
     monkeypatch.setattr(type(trainer.objective), "members", members)
     assert Trainer._batches(trainer, units) == expected
+
+
+def test_what_is_measured_otherwise_is_measured_anew(tmp_path, options):
+    folder = tmp_path / "run"
+    made([*options, "--output_dir", str(folder), "--epochs", "1"])()
+    again = made(["--resume_from_checkpoint", str(folder), "--epochs", "2", "--eval.samples_per_prompt", "3"])
+    summary = again()
+    assert len(again.judge.base.reward) == 6
+    assert summary["before"]["reward"] == pytest.approx(again.judge.base.reward.mean().item(), rel=1e-5)
+
+
+def test_a_resume_that_fails_keeps_the_options(tmp_path, options):
+    folder = tmp_path / "run"
+    made([*options, "--output_dir", str(folder), "--epochs", "1"])()
+    before = (folder / "config.yaml").read_text()
+    with pytest.raises(UserError, match="is .* in the checkpoint"):
+        made(["--resume_from_checkpoint", str(folder), "--lora.rank", "4"])()
+    assert (folder / "config.yaml").read_text() == before
+
+
+def test_batches_of_another_plan_are_drawn_again(tmp_path, options, monkeypatch):
+    """Interrupted after one batch of its first epoch, then resumed with other sizes: as if it had begun with them."""
+    scored, calls = Collector._scored, []
+
+    def fails(self, sampled):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyError("the reward broke")
+        return scored(self, sampled)
+
+    folder, other = tmp_path / "run", ["--rollout.prompts_per_epoch", "1", "--rollout.samples_per_prompt", "4"]
+    monkeypatch.setattr(Collector, "_scored", fails)
+    with pytest.raises(KeyError):
+        made([*options, "--output_dir", str(folder)])()
+    monkeypatch.setattr(Collector, "_scored", scored)
+    made(["--resume_from_checkpoint", str(folder), *other])()
+    made([*options, *other, "--output_dir", str(tmp_path / "alone")])()
+    ours, theirs = lora(folder), lora(tmp_path / "alone")
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_a_whole_rollout_of_another_plan_is_drawn_again(tmp_path):
+    trainer = small_trainer(tmp_path)
+    trainer._sample(lambda *_: None)
+    trainer.update = 1
+    state = trainer.state_dict()
+    trainer.load_state_dict(state)
+    assert trainer.rollout is not None and trainer.update == 1
+    trainer.config.rollout.batch_size = 2  # how, not what
+    trainer.load_state_dict(state)
+    assert trainer.rollout is not None
+    trainer.config.rollout.num_inference_steps = 2
+    trainer.load_state_dict(state)
+    assert trainer.rollout is None and trainer.update == 0
+
+
+def test_the_newest_checkpoint_is_the_last_written(tmp_path):
+    """Of a run that went back from epoch 30 to 20 and on to 24."""
+    folder = tmp_path / "checkpoints"
+    for second, epoch in enumerate((20, 30, 24)):
+        checkpoint.save_checkpoint(folder / f"epoch-{epoch:04d}", {"epoch": epoch})
+        os.utime(folder / f"epoch-{epoch:04d}" / checkpoint.STATE, (second, second))
+    assert checkpoint.find_checkpoint(str(tmp_path), None).name == "epoch-0024"
+    checkpoint.prune(folder, keep=1)
+    assert [path.name for path in folder.iterdir()] == ["epoch-0024"]
+
+
+def test_a_gradient_that_overflows_changes_nothing(tmp_path):
+    trainer = small_trainer(tmp_path)
+    before = {name: value.clone() for name, value in trainer.policy.state_dict().items()}
+    for parameter in trainer.policy.parameters():
+        parameter.grad = torch.full_like(parameter, 1e-3)
+    trainer.policy.parameters()[3].grad[0, 0] = float("inf")
+    trainer.optimizer.param_groups[0]["weight_decay"] = 0.0
+    assert not trainer._step().isfinite()
+    assert all(torch.equal(value, before[name]) for name, value in trainer.policy.state_dict().items())
+
+
+def test_weights_that_are_not_numbers_are_said(tmp_path):
+    trainer = small_trainer(tmp_path, "--reward", "jpeg")
+    with torch.no_grad():
+        trainer.policy.parameters()[0].fill_(float("nan"))
+    with pytest.raises(UserError, match="not finite.*older checkpoint"):
+        trainer.run_epoch(lambda *_: None)
+
+
+def test_a_constant_rate_warms_up(tmp_path):
+    trainer = small_trainer(tmp_path, *"--train.lr_scheduler constant --train.lr_warmup_steps 4".split())
+    rates = []
+    for _ in range(6):
+        rates.append(trainer.optimizer.param_groups[0]["lr"])
+        trainer.optimizer.step()
+        trainer.scheduler.step()
+    assert rates == pytest.approx([0, 5e-4, 1e-3, 1.5e-3, 2e-3, 2e-3])
+
+
+def test_runs_of_one_second_have_their_own_folders(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("time.strftime", lambda form: "now")
+    assert [dated_folder("a").name for _ in range(3)] == ["now_a", "now_a-2", "now_a-3"]
+
+
+def test_a_changed_reward_function_has_another_name_in_the_cache(tmp_path):
+    names = []
+    for text in ("def score(i, p): return [0] * len(p)", "def score(i, p): return [1] * len(p)"):
+        (tmp_path / "mine.py").write_text(text)
+        config = cli.parse(["--reward", "python", "--reward.function", f"{tmp_path}/mine.py:score"])
+        names.append(set(BaseCache(str(tmp_path), config, [], []).names.values()))
+    assert not names[0] & names[1]

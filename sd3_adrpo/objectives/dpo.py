@@ -21,8 +21,9 @@ class Dpo(Objective):
 
     Pairs are the best with the worst of a prompt's samples, then the second best with the second worst, and so on; a
     pair of equal rewards weighs nothing.
-    Errors are means over the latent, so beta is about the paper's (5000, for sums in their parametrisation) divided by
-    the scale of a sum; 100 is common for means. `pairs_file` takes pairs of images from a file (pairs.py) instead:
+    Errors are means over the latent, as in the paper's code, where beta is 2000 to 5000 for 850,000 human pairs and
+    thousands of updates. A LoRA's few updates on its own samples need a weaker pull: the built-in world's best is 10
+    (docs/results/main). `pairs_file` takes pairs of images from a file (pairs.py) instead:
     the paper's own, offline DPO.
     """
 

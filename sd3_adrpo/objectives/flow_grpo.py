@@ -23,7 +23,8 @@ class FlowGrpo(Objective):
 
     log p is the mean over the latent's entries, as in the paper's code. A mean's log-ratio scales with
     1 / sqrt(entries), so e = clip_range sqrt(65536 / entries). The KL is the Gaussians' own, per entry; the paper's
-    code leaves the step's length out of std. `train.sigmas_per_sample` steps of each path are trained on per pass.
+    code leaves the step's length out of std. `train.sigmas_per_sample` steps of each path are trained on per pass, at
+    the path's own sigmas: `train.sigma_shift` and `sigma_max` mean nothing here.
     """
 
     name: Literal["flow_grpo"] = "flow_grpo"  # of the objective
