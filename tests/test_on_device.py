@@ -79,7 +79,11 @@ def test_an_epoch_stays_on_its_device_and_never_waits_in_an_update(gpu: StandInG
 
 def test_a_measurement_and_a_saved_state_stay_on_their_device(gpu: StandInGPU, tiny_sd35):
     pipeline = StableDiffusion3Pipeline.from_pretrained(str(tiny_sd35), dtype=torch.bfloat16).to(DEVICE)
-    made = trainer(pipeline, Brightness(), *"--eval.samples_per_prompt 2 --eval.num_inference_steps 2".split())
+    made = trainer(
+        pipeline,
+        Brightness(),
+        *"--eval.samples_per_prompt 2 --eval.num_inference_steps 2 --rollout.height 64 --rollout.width 64".split(),
+    )
     with made.policy.merged():
         pass
     own = made.collector
