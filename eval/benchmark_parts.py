@@ -117,7 +117,7 @@ class Training:
                         weight = len(part) / len(rows) / train.sigmas_per_sample
                         (loss * weight).backward()
                         losses[-1] += loss.item() * weight  # and its wait for the device
-                trainer._step()
+                trainer.optimization.step()
         return losses
 
     def _loss(self, rows: Tensor, sigma: Tensor, noise: Tensor, condition: Condition) -> Tensor:
@@ -201,7 +201,7 @@ def epoch(made: Setup, clock: Clock, repeats: int) -> dict[str, Any]:
             (trainer, "_draw", "noise"),
             (trainer, "_freeze", "reference pass"),
             (trainer, "_update_pass", "training"),
-            (trainer, "_step", "optimiser"),
+            (trainer.optimization, "step", "optimiser"),
             (trainer.model, "velocity", "transformer, {}"),
             (torch.Tensor, "backward", "backward"),
             (trainer.model, "decode", "decoder"),

@@ -6,9 +6,7 @@ import signal
 from typing import Any
 
 import torch
-from diffusers.optimization import get_scheduler
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from .advantages import Advantages
 from .base_cache import BaseCache, sampling
@@ -16,14 +14,11 @@ from .collect import Collector
 from .draws import Draws, fresh_noise, path_steps
 from .flat_rewards import FlatRewards
 from .objective import check_rollout, updates_per_pass
-from .optimizers import make_optimizer
-from .parallel import any_process, share, sum_gradients
+from .optimizers import Optimization
+from .parallel import any_process, share
 from .rollout import training_velocity
 from .seeds import generator_for
-from .sharding import joined, like
 from .types import Rollout
-
-OPTIONS = ("initial_lr", "betas", "eps", "weight_decay")  # of the optimiser; a run that goes on may be given others
 
 
 class Interrupted(Exception):
@@ -45,18 +40,9 @@ class Trainer:
         self.prompts, self.condition, self.negative = collector.prompts, collector.condition, collector.negative
         self.shape, self.samples, self.mine = collector.shape, collector.samples, collector.mine
         check_rollout(config, self.accelerator.num_processes)
-        train = config.train
         self.advantages = Advantages(self.objective.advantage, self.condition.pooled)
-        self.optimizer = make_optimizer(self.policy.parameters(), train)
-        total = config.epochs * train.inner_epochs * self.updates_per_pass
-        warming = train.lr_scheduler == "constant" and train.lr_warmup_steps  # diffusers' constant knows no warm-up
-        self.scheduler = get_scheduler(
-            "constant_with_warmup" if warming else train.lr_scheduler,
-            self.optimizer,
-            num_warmup_steps=train.lr_warmup_steps,
-            num_training_steps=total,
-        )
-        self.scaler = torch.amp.GradScaler(enabled=train.mixed_precision == "fp16" and self.model.device.type == "cuda")
+        total = config.epochs * config.train.inner_epochs * self.updates_per_pass
+        self.optimization = Optimization(self.policy, config.train, total, self.accelerator)
         self.epoch = self.inner = self.update = 0
         self.rollout: Rollout | None = None
         self.draws: Draws | None = None  # of the current pass, with `train.reuse_noise` of the epoch
@@ -133,7 +119,7 @@ class Trainer:
             "reward_std_within_prompt": (rewards - mean[group]).square().mean().sqrt().item(),
             # what a tilt by 1 + A / beta0 gains is this over beta0, to first order
             "advantage_reward_covariance": ((self.advantage - self.advantage.mean()) * rewards).mean().item(),
-            "learning_rate": float(self.scheduler.get_last_lr()[0]),
+            "learning_rate": self.optimization.learning_rate,
             **self.weighing,
         }
 
@@ -162,9 +148,11 @@ class Trainer:
                 batch, weight = self._batch(self.draws, part), len(part) / len(rows)
                 velocity = training_velocity(self.policy.velocity, batch, train.guidance_scale)
                 loss, found = self.objective.loss(velocity, batch)
-                self.scaler.scale(loss * weight).backward()
+                self.optimization.backward(loss * weight)
                 metrics = {name: metrics.get(name, 0) + weight * value for name, value in found.items()}
-            metrics["grad_norm"] = self._step() / self.accelerator.num_processes  # the same on all, summed later
+            metrics["grad_norm"] = (
+                self.optimization.step() / self.accelerator.num_processes
+            )  # the same on all, summed later
             logs.append(metrics)
             self.update = update + 1
             done = self.inner * self.updates_per_pass + update + 1
@@ -214,26 +202,6 @@ class Trainer:
         negative = self.negative if self.config.train.guidance_scale != 1 else None
         return draws.batch(rows, self.rollout, self.advantage, self.condition, self.model.device, negative)
 
-    def _step(self) -> Tensor:
-        """One optimiser step on the summed gradient of all processes, clipped; returns its norm before clipping.
-
-        A gradient that is not finite counts as 0, which the host need not wait to see.
-        """
-        parameters = [p for p in self.policy.parameters() if p.grad is not None]
-        sum_gradients([p for p in parameters if not isinstance(p, DTensor)], self.accelerator)  # FSDP summed the others
-        self.scaler.unscale_(self.optimizer)  # after the sum, in which one process's overflow reaches all
-        norm = torch.nn.utils.clip_grad_norm_(parameters, self.config.train.max_grad_norm)
-        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm.detach()
-        for parameter in parameters:  # one gradient that overflowed would end in weights that are not numbers
-            grad = parameter.grad.to_local() if isinstance(parameter.grad, DTensor) else parameter.grad
-            grad.masked_fill_(~norm.isfinite(), 0.0)
-        self.scaler.step(self.optimizer)
-        self.policy.updated()
-        self.scaler.update()
-        self.scheduler.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        return norm
-
     def _check_stop(self) -> None:
         """Where the state is whole, and all processes come by: they stop together."""
         if any_process(self.stopped, self.accelerator):
@@ -253,9 +221,7 @@ class Trainer:
             "progress": {"epoch": self.epoch, "inner": self.inner, "update": self.update},
             "lora": self.policy.state_dict(keep),
             "old": self.policy.old_state(keep),
-            "optimizer": joined(self.optimizer.state_dict(), keep),
-            "scheduler": self.scheduler.state_dict(),
-            "scaler": self.scaler.state_dict(),
+            **self.optimization.state_dict(keep),
             "advantages": self.advantages.state_dict(),
             "rollout": rollout,
             "sampling": sampling(self.config, self.prompts),
@@ -265,17 +231,11 @@ class Trainer:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.policy.load_state_dict(state["lora"])
         self.policy.load_old_state(state["old"])
-        for parameter, moments in zip(self.policy.parameters(), state["optimizer"]["state"].values(), strict=False):
-            moments.update({name: like(value, parameter) for name, value in moments.items()})
-        given = [{name: group[name] for name in OPTIONS} for group in self.optimizer.param_groups]
-        for name in ("optimizer", "scheduler", "scaler", "advantages"):
-            getattr(self, name).load_state_dict(state[name])
-        self._reschedule(given)
+        self.optimization.load_state_dict(state)
+        self.advantages.load_state_dict(state["advantages"])
         self.epoch, self.inner, self.update = (state["progress"][name] for name in ("epoch", "inner", "update"))
         self.rollout = self.draws = None
-        if state.get("sampling") != sampling(
-            self.config, self.prompts
-        ):  # the epoch begins anew, with what is asked for now
+        if state.get("sampling") != sampling(self.config, self.prompts):  # the epoch begins anew, as is asked for now
             self.inner = self.update = 0
             return
         if state["rollout"] is not None:
@@ -288,9 +248,3 @@ class Trainer:
             sampled = [Rollout(**part) for part in state["sampled"]]
             known = self.scorer.scorers.keys()  # under another reward the batches are drawn again
             self.collector.done = [part for part in sampled if part.scores.keys() == known]
-
-    def _reschedule(self, options: list[dict[str, Any]]) -> None:
-        """The optimiser goes on with these options, at the place of the schedule where it is."""
-        self.scheduler.base_lrs = [group["initial_lr"] for group in options]
-        for group, own, factor in zip(self.optimizer.param_groups, options, self.scheduler.lr_lambdas, strict=True):
-            group.update(own, lr=own["initial_lr"] * factor(self.scheduler.last_epoch))

@@ -1,8 +1,15 @@
-"""A trainer of the built-in world whose epochs take a second."""
+"""A trainer of the built-in world whose epochs take a second, and what stops one between two updates."""
 
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import pytest
+import torch
+
 from sd3_adrpo import cli, plan
+from sd3_adrpo.optimizers import Optimization
 from sd3_adrpo.run import Run
 from sd3_adrpo.trainer import Trainer
 
@@ -20,3 +27,20 @@ def small_trainer(folder: Path, *options: str) -> Trainer:
     run = Run(config, plan.check(config))
     run._load()
     return run.trainer
+
+
+@contextmanager
+def interrupted_after(updates: int) -> Iterator[None]:
+    """SIGINT right behind this update of the runs inside."""
+    step, done = Optimization.step, []
+
+    def counted(self: Optimization) -> torch.Tensor:
+        norm = step(self)
+        done.append(norm)
+        if len(done) == updates:
+            signal.raise_signal(signal.SIGINT)
+        return norm
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Optimization, "step", counted)
+        yield

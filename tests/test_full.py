@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import SD3Transformer2DModel
+from small import interrupted_after
 from test_training import run
 
 from sd3_adrpo.canary import check_learning
@@ -17,7 +18,6 @@ from sd3_adrpo.flow import seeded_noise
 from sd3_adrpo.full import FullPolicy
 from sd3_adrpo.models.sd3 import SD3
 from sd3_adrpo.objectives.adrpo import Adrpo
-from sd3_adrpo.trainer import Trainer
 from sd3_adrpo.types import Condition
 
 FULL = ["--finetune", "full", "--train.learning_rate", "1e-4"]
@@ -136,25 +136,15 @@ def test_export_reloads_with_equal_velocities(tiny_sd35, inputs, tmp_path, dtype
 
 
 @pytest.mark.parametrize("objective", ["adrpo", "diffusion_nft"])
-def test_a_run_resumes_bit_exactly_and_exports(tmp_path, monkeypatch, objective):
+def test_a_run_resumes_bit_exactly_and_exports(tmp_path, objective):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a red circle\ntwo blue squares\na green heart above a pink cross\nan orange diamond\n")
     options = [*FULL, "--prompts", str(prompts), "--objective", objective]
     summary = run(*options, "--output_dir", str(whole))
     assert summary["transformer_difference"] == 0.0 and summary["after"]["w2_drift"] > 0
-    step, done = Trainer._step, []
-
-    def interrupted(self):
-        done.append(1)
-        result = step(self)
-        self.stopped = len(done) == 3
-        return result
-
-    monkeypatch.setattr(Trainer, "_step", interrupted)
-    with pytest.raises(SystemExit):
+    with pytest.raises(SystemExit), interrupted_after(3):
         run(*options, "--output_dir", str(parts))
-    monkeypatch.setattr(Trainer, "_step", step)
     run(*options, "--resume_from_checkpoint", str(parts))
     first, second = (SD3Transformer2DModel.from_pretrained(f / "transformer").state_dict() for f in (whole, parts))
     assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)

@@ -61,7 +61,7 @@ def test_an_epoch_stays_on_its_device_and_never_waits_in_an_update(gpu: StandInG
     made = trainer(pipeline, Brightness(), *options.split(), "--objective", *objective.split())
     assert made.policy.parameters()[0].is_meta
     waits = {}
-    step, freeze = made._step, made._freeze
+    step, freeze = made.optimization.step, made._freeze
 
     def watched(draws) -> None:
         freeze(draws)
@@ -72,7 +72,7 @@ def test_an_epoch_stays_on_its_device_and_never_waits_in_an_update(gpu: StandInG
         waits[made.inner, made.update] = dict(gpu.waits)
         return norm
 
-    made._freeze, made._step = watched, stepped
+    made._freeze, made.optimization.step = watched, stepped
     metrics, logs = made.run_epoch(lambda *_: None)
     assert len(waits) == len(logs) >= 1 and not any(waits.values()), waits
 

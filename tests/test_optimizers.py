@@ -52,7 +52,7 @@ def test_a_run_is_resumed_exactly(uncompiled, tmp_path):
     metrics, _ = trainer.run_epoch(lambda *_: None)
     assert type(metrics["learning_rate"]) is float
     whole = copy.deepcopy(trainer.state_dict()["lora"])
-    assert any("8bit" in type(s["exp_avg"]).__name__ for s in trainer.optimizer.state.values())
+    assert any("8bit" in type(s["exp_avg"]).__name__ for s in trainer.optimization.optimizer.state.values())
     trainer.load_state_dict(start)
     trainer.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
     assert trainer.epoch == 1

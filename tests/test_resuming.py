@@ -64,7 +64,7 @@ def test_options_given_anew_count_and_are_kept(tmp_path, options):
     given = "--epochs 3 --train.learning_rate 5e-5 --train.adam_beta1 0.5 --objective.advantage critic".split()
     run = made(["--resume_from_checkpoint", str(folder), *given])
     run()
-    group = run.trainer.optimizer.param_groups[0]
+    group = run.trainer.optimization.optimizer.param_groups[0]
     # a cosine of three epochs, at its end
     assert group["initial_lr"] == 5e-5 and group["betas"][0] == 0.5 and group["lr"] == pytest.approx(0, abs=1e-12)
     assert run.trainer.advantages.kind == "critic" and run.trainer.epoch == 3
@@ -75,13 +75,13 @@ def test_options_given_anew_count_and_are_kept(tmp_path, options):
 def test_the_rate_goes_on_where_the_schedule_is(tmp_path):
     trainer = small_trainer(tmp_path, "--train.lr_scheduler", "cosine", "--train.learning_rate", "1e-3")
     trainer.run_epoch(lambda *_: None)
-    state, rate = trainer.state_dict(), trainer.optimizer.param_groups[0]["lr"]
+    state, rate = trainer.state_dict(), trainer.optimization.optimizer.param_groups[0]["lr"]
     trainer.load_state_dict(state)
-    assert trainer.optimizer.param_groups[0]["lr"] == rate  # to the last bit
-    for group in trainer.optimizer.param_groups:
+    assert trainer.optimization.optimizer.param_groups[0]["lr"] == rate  # to the last bit
+    for group in trainer.optimization.optimizer.param_groups:
         group["initial_lr"] = 2e-3  # as of a run that was started with it
     trainer.load_state_dict(state)
-    assert trainer.optimizer.param_groups[0]["lr"] == pytest.approx(2 * rate)
+    assert trainer.optimization.optimizer.param_groups[0]["lr"] == pytest.approx(2 * rate)
 
 
 def test_a_crash_while_saving_leaves_the_checkpoint_before(tmp_path, monkeypatch):
@@ -232,8 +232,8 @@ def test_a_gradient_that_overflows_changes_nothing(tmp_path):
     for parameter in trainer.policy.parameters():
         parameter.grad = torch.full_like(parameter, 1e-3)
     trainer.policy.parameters()[3].grad[0, 0] = float("inf")
-    trainer.optimizer.param_groups[0]["weight_decay"] = 0.0
-    assert not trainer._step().isfinite()
+    trainer.optimization.optimizer.param_groups[0]["weight_decay"] = 0.0
+    assert not trainer.optimization.step().isfinite()
     assert all(torch.equal(value, before[name]) for name, value in trainer.policy.state_dict().items())
 
 
@@ -249,9 +249,9 @@ def test_a_constant_rate_warms_up(tmp_path):
     trainer = small_trainer(tmp_path, *"--train.lr_scheduler constant --train.lr_warmup_steps 4".split())
     rates = []
     for _ in range(6):
-        rates.append(trainer.optimizer.param_groups[0]["lr"])
-        trainer.optimizer.step()
-        trainer.scheduler.step()
+        rates.append(trainer.optimization.optimizer.param_groups[0]["lr"])
+        trainer.optimization.optimizer.step()
+        trainer.optimization.scheduler.step()
     assert rates == pytest.approx([0, 5e-4, 1e-3, 1.5e-3, 2e-3, 2e-3])
 
 

@@ -60,17 +60,17 @@ def test_otherwise_noise_is_fresh(fresh, monkeypatch):
 @pytest.mark.parametrize("updates", [1, 3])
 def test_resume_is_bit_exact(fresh, monkeypatch, updates):
     """Stopped in the first and in the second pass, whose draws have to be made again."""
-    start, step, done = copy.deepcopy(fresh.state_dict()), Trainer._step, []
+    start, step, done = copy.deepcopy(fresh.state_dict()), fresh.optimization.step, []
     fresh.run_epoch(lambda *_: None)
     whole = copy.deepcopy(fresh.state_dict())
     fresh.load_state_dict(start)
 
-    def interrupted(self):
+    def interrupted():
         done.append(1)
-        self.stopped = len(done) == updates
-        return step(self)
+        fresh.stopped = len(done) == updates
+        return step()
 
-    monkeypatch.setattr(Trainer, "_step", interrupted)
+    monkeypatch.setattr(fresh.optimization, "step", interrupted)
     with pytest.raises(Interrupted):
         fresh.run_epoch(lambda *_: None)
     saved, fresh.stopped = copy.deepcopy(fresh.state_dict()), False

@@ -12,12 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from small import interrupted_after
 
 from sd3_adrpo import cli, plan
 from sd3_adrpo.errors import UserError
 from sd3_adrpo.run import Run
 from sd3_adrpo.samples import image_path, load_samples
-from sd3_adrpo.trainer import Trainer
 
 ROOT = Path(__file__).parent.parent
 SMALL = """--rollout.prompts_per_epoch 4 --rollout.samples_per_prompt 4 --rollout.num_inference_steps 3
@@ -76,24 +76,14 @@ def test_a_run_leaves_what_it_promises(tmp_path, few_prompts):
 
 
 @pytest.mark.parametrize("updates", [1, 6])
-def test_resume_is_bit_exact(tmp_path, few_prompts, monkeypatch, updates):
+def test_resume_is_bit_exact(tmp_path, few_prompts, updates):
     """Interrupted after so many updates, within the first and the second epoch, against the uninterrupted run."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     running = ["--prompts", few_prompts, "--objective.advantage", "running"]
     run(*running, "--output_dir", str(whole))
-    step, done = Trainer._step, []
-
-    def interrupted(self):
-        done.append(1)
-        result = step(self)
-        self.stopped = len(done) == updates
-        return result
-
-    monkeypatch.setattr(Trainer, "_step", interrupted)
-    with pytest.raises(SystemExit) as stop:
+    with pytest.raises(SystemExit) as stop, interrupted_after(updates):
         run(*running, "--output_dir", str(parts))
     assert stop.value.code == 130
-    monkeypatch.setattr(Trainer, "_step", step)
     torch.manual_seed(99)  # nothing may hang on the global generator
     run(*running, "--resume_from_checkpoint", str(parts))
     assert equal(lora_of(whole), lora_of(parts))
@@ -111,18 +101,8 @@ def test_every_objective_resumes_bit_exactly(tmp_path, few_prompts, monkeypatch,
     )  # not their state
     monkeypatch.setattr("sd3_adrpo.figures.curves", lambda *_: None)
     run(*options, "--output_dir", str(whole))
-    step, done = Trainer._step, []
-
-    def interrupted(self):
-        done.append(1)
-        result = step(self)
-        self.stopped = len(done) == 3
-        return result
-
-    monkeypatch.setattr(Trainer, "_step", interrupted)
-    with pytest.raises(SystemExit):
+    with pytest.raises(SystemExit), interrupted_after(3):
         run(*options, "--output_dir", str(parts))
-    monkeypatch.setattr(Trainer, "_step", step)
     run(*options, "--resume_from_checkpoint", str(parts))
     assert equal(lora_of(whole), lora_of(parts))
     assert any(value.abs().max() > 0 for name, value in lora_of(whole).items() if "lora_B" in name)
