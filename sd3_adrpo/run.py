@@ -129,9 +129,8 @@ class Run:
         if self.model.pipeline.text_encoder is not None:  # else all came from disk
             again = self.model.encode_anew([self.plan.train[-1].text])  # alone, not in the cache's batch
         alone, cached = again.embeds[0].float(), condition.embeds[-1].float()
-        if (
-            alone - cached
-        ).norm() > 0.1 * alone.norm():  # bfloat16's rounding does less, another prompt's row is further
+        # bfloat16's rounding does less, another prompt's row is further
+        if (alone - cached).norm() > 0.1 * alone.norm():
             raise UserError("the cached prompt embeddings differ from the text encoder's: nothing was trained")
         self.model.drop_text_encoders()  # before the reward loads: 10 GB less at once
         self.scorer = Scoring.load(config, self.accelerator.device)

@@ -150,9 +150,8 @@ class Trainer:
                 loss, found = self.objective.loss(velocity, batch)
                 self.optimization.backward(loss * weight)
                 metrics = {name: metrics.get(name, 0) + weight * value for name, value in found.items()}
-            metrics["grad_norm"] = (
-                self.optimization.step() / self.accelerator.num_processes
-            )  # the same on all, summed later
+            norm = self.optimization.step()
+            metrics["grad_norm"] = norm / self.accelerator.num_processes  # the same on all, summed later
             logs.append(metrics)
             self.update = update + 1
             done = self.inner * self.updates_per_pass + update + 1
