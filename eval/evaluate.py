@@ -177,11 +177,13 @@ def measure(task: Task, config: Config, policy: Any, model: Any, scorer: Any, **
 
     from sd3_adrpo import evaluation
 
-    condition, negative = evaluation.encode_prompts(model, task.prompts, config.eval.guidance_scale)
+    accelerator = options["accelerator"]
+    with accelerator.local_main_process_first():  # the others find its embeddings on disk
+        condition, negative = evaluation.encode_prompts(model, task.prompts, config.eval.guidance_scale)
     model.drop_text_encoders()
 
     def progress(phase: str) -> evaluation.Progress:
-        total, quiet = len(task.prompts) * config.eval.samples_per_prompt, not options["accelerator"].is_main_process
+        total, quiet = len(task.prompts) * config.eval.samples_per_prompt, not accelerator.is_main_process
         bar = tqdm(desc=phase, unit="img", total=total, disable=quiet, dynamic_ncols=True)
         return lambda done, total: (bar.update(done - bar.n), bar.close() if done == total else None)
 

@@ -96,7 +96,7 @@ class Config:
 
     model: str = "shapes"  # "shapes" (built in), a hub id or a local folder
     prompts: str | None = None  # a prompt file; None: the built-in training set
-    test_prompts: str | None = None  # None: the built-in test set, or a seeded fifth of `prompts`
+    test_prompts: str | None = None  # None: the built-in test set, or a seeded fifth of `prompts`, at most 200
     # lora: adapters; full: all weights of the transformer, which takes 20 bytes of memory per weight and a learning
     # rate of about 1e-5 for SD3.5 (docs/scaling.md); the lora options then mean nothing
     finetune: Literal["lora", "full"] = "lora"

@@ -81,6 +81,14 @@ def epoch_flops(config: Config, model: ModelFiles) -> float:
     return images * (passes * one + decoder_flops(model.vae_config, rollout.height, rollout.width))
 
 
+def measuring_flops(config: Config, model: ModelFiles, prompts: int) -> float:
+    """Of sampling and decoding the test images once; rewards and drift come on top."""
+    passes = config.eval.num_inference_steps * (2 if config.eval.guidance_scale != 1 else 1)
+    one = forward_flops(model.config, tokens_of(config, model))
+    decoding = decoder_flops(model.vae_config, config.rollout.height, config.rollout.width)
+    return prompts * config.eval.samples_per_prompt * (passes * one + decoding)
+
+
 @dataclass(frozen=True)
 class Memory:
     """Bytes. `encoding` is 0 where the text encoders stay on disk."""

@@ -1,10 +1,12 @@
-"""Folders of runs, and files that are written whole or not at all."""
+"""Folders of runs and of prompt embeddings, and files that are written whole or not at all."""
 
 from __future__ import annotations
 
 import os
 import time
 from pathlib import Path
+
+from .config import Config
 
 
 def dated_folder(name: str) -> Path:
@@ -18,6 +20,15 @@ def dated_folder(name: str) -> Path:
         except FileExistsError:
             continue
     raise FileExistsError(f"runs/{stamp}_{name} and all its numbers are taken")
+
+
+def text_cache_folder(config: Config) -> Path | None:
+    """None for the built-in world, whose text encoders are small."""
+    if config.model == "shapes" or config.text_cache == "none":
+        return None
+    if config.text_cache:
+        return Path(config.text_cache).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sd3_adrpo" / "text"
 
 
 def write_whole(path: Path, text: str) -> None:

@@ -47,6 +47,7 @@ def load_model(config: Config) -> SD3:
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 
+    from .folders import text_cache_folder
     from .models.sd3 import SD3
     from .types import DTYPES
 
@@ -54,7 +55,7 @@ def load_model(config: Config) -> SD3:
     transformers_logging.disable_progress_bar()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = DTYPES[config.train.mixed_precision]
-    model = SD3.load(config.model, dtype, device, config.rollout.max_sequence_length)
+    model = SD3.load(config.model, dtype, device, config.rollout.max_sequence_length, text_cache_folder(config))
     model.latent_shape(config.rollout.height, config.rollout.width)
     return model
 

@@ -88,9 +88,7 @@ def encode_prompts(model: SD3, prompts: Sequence[Prompt], guidance_scale: float)
     condition = model.encode([prompt.text for prompt in prompts])
     if guidance_scale == 1.0:
         return condition, None
-    negatives = [prompt.negative or "" for prompt in prompts]
-    unique = list(dict.fromkeys(negatives))
-    return condition, model.encode(unique).select(torch.tensor([unique.index(text) for text in negatives]))
+    return condition, model.encode([prompt.negative or "" for prompt in prompts])
 
 
 @torch.no_grad()

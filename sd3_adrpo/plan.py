@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import shutil
 import textwrap
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,15 +11,14 @@ from typing import Any
 
 from .checkpoint import find_checkpoint
 from .config import Config
-from .cost import CALLS_PER_STEP, FRACTION_OF_PEAK, epoch_flops, memory
+from .cost import CALLS_PER_STEP
 from .errors import UserError
-from .machine import installed_memory, matrix_speed
 from .model_files import ModelFiles, inspect_model
+from .needs import disk_text, gb, memory_text, time_text
 from .objective import check_rollout, trained_samples, updates_per_pass
 from .prompt_choice import resolve_prompts
 from .prompts import Prompt
 
-KEPT_CHECKPOINTS = 3  # two that stay and the one being written
 POSITIVE = {
     "": "epochs checkpointing_epochs validation_epochs",
     "rollout": "prompts_per_epoch samples_per_prompt num_inference_steps batch_size decode_batch_size height width "
@@ -63,9 +61,10 @@ def check(config: Config) -> Plan:
         ("objective", str(config.objective)),
         trained,
         ("epoch", _work(config)),
-        ("memory", _memory(config, model, lora)),
-        ("time", _time(config, model)),
-        ("disk", _disk(config, lora, output)),
+        ("measured", _measured(config, len(test))),
+        ("memory", memory_text(config, model, lora)),
+        ("time", time_text(config, model, test)),
+        ("disk", disk_text(config, model, lora, output, train + test)),
         ("output", str(output or "a new dated folder under runs/")),
     ]
     return Plan(train, test, description, model, lines)
@@ -143,8 +142,8 @@ def _describe_model(model: ModelFiles) -> str:
         return f"{model.name}, from the hub: not in the local cache, it will be downloaded (its size is not known yet)"
     parts = ", ".join(f"{name} {_millions(count)}" for name, count in model.parameters.items())
     if model.folder is None:
-        return f"{model.name}, from the hub: not in the local cache, {_gb(model.stored_bytes)} to download: {parts}"
-    return f"{model.name} ({model.folder}), {_gb(model.stored_bytes)} on disk: {parts}"
+        return f"{model.name}, from the hub: not in the local cache, {gb(model.stored_bytes)} to download: {parts}"
+    return f"{model.name} ({model.folder}), {gb(model.stored_bytes)} on disk: {parts}"
 
 
 def _trained(config: Config, model: ModelFiles) -> tuple[int, tuple[str, str]]:
@@ -179,67 +178,13 @@ def _work(config: Config) -> str:
     )
 
 
-def _memory(config: Config, model: ModelFiles, lora: int) -> str:
-    """Rough, and not yet compared with a GPU: cost.py."""
-    if not model.config:
-        return "not known before the model is here"
-    need = memory(config, model, lora)
-    name, total = installed_memory()
+def _measured(config: Config, prompts: int) -> str:
+    between = f", and every {config.evaluation_epochs} epochs" if config.evaluation_epochs else ""
+    steps = config.eval.num_inference_steps * (2 if config.eval.guidance_scale != 1 else 1)
     return (
-        f"{_gb(need.encoding)} while prompts are encoded; {_gb(need.frozen)} frozen weights, {_gb(need.lora)} "
-        f"trained weights with optimiser, then {_gb(need.sampling)} to sample or {_gb(need.training)} of activations "
-        f"to train (rough figures), and the reward's model besides; {name} has {_gb(total)}"
-        + (
-            ": THIS MAY NOT FIT; lower train.batch_size, or set train.gradient_checkpointing"
-            if total and need.peak > total
-            else ""
-        )
+        f"before and after{between}, on {prompts * config.eval.samples_per_prompt} images ({prompts} prompts x "
+        f"{config.eval.samples_per_prompt}) of {steps} forward passes each"
     )
-
-
-def _time(config: Config, model: ModelFiles) -> str:
-    """Seconds from operations, at the speed of a matrix product measured here and the share of it that we expect."""
-    if not model.config or os.environ.get("RANK", "0") != "0":  # one process measures, and prints
-        return "not known before the model is here"
-    import torch
-
-    kind = "cuda" if torch.cuda.is_available() else "cpu"
-    fraction = FRACTION_OF_PEAK[kind][config.train.mixed_precision]
-    speed = fraction * matrix_speed(kind, config.train.mixed_precision)
-    work = epoch_flops(config, model)
-    return (
-        f"about {_duration(work / speed)} per epoch on one process, the reward besides: {work / 1e12:.3g} TFLOP, at "
-        f"{fraction:.0%} of the speed of matrix products here"
-    )
-
-
-def _disk(config: Config, lora: int, output: Path | None) -> str:
-    """12 bytes per LoRA weight in a checkpoint (value and Adam's moments), with the epoch's images and latents."""
-    rollout = config.rollout
-    pixels = rollout.prompts_per_epoch * rollout.samples_per_prompt * rollout.height * rollout.width
-    checkpoint = 12 * lora + pixels * 3 + pixels // 64 * 16 * 4
-    need = KEPT_CHECKPOINTS * checkpoint + 4 * lora + 20 * 2**20  # and pictures and logs
-    folder = (output or Path("runs")).absolute()
-    while not folder.exists():
-        folder = folder.parent
-    free = shutil.disk_usage(folder).free
-    if need > free:
-        raise UserError(
-            f"the run needs about {_gb(need)} in {folder}, where {_gb(free)} are free: make room, or give an "
-            "--output_dir on another disk"
-        )
-    return f"about {_gb(need)} needed, {_gb(free)} free"
-
-
-def _gb(number: float) -> str:
-    return f"{number / 1e9:.1f} GB" if number >= 1e9 else f"{number / 1e6:.1f} MB"
-
-
-def _duration(seconds: float) -> str:
-    for unit, size in (("days", 86400), ("h", 3600), ("min", 60)):
-        if seconds >= 2 * size:
-            return f"{seconds / size:.1f} {unit}"
-    return f"{seconds:.0f} s"
 
 
 def _millions(count: int | None) -> str:

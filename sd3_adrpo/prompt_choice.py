@@ -15,7 +15,7 @@ from .prompts import Prompt, file_hash, held_out, read_prompts
 def resolve_prompts(config: Config) -> tuple[list[Prompt], list[Prompt], dict[str, Any]]:
     """(train, test, description of both). A file that is not in the working folder is looked for in prompts/.
 
-    The held-out fifth is drawn by `eval.seed`, not by `seed`: runs of several seeds are measured on the same prompts.
+    What is held out is drawn by `eval.seed`, not by `seed`: runs of several seeds are measured on the same prompts.
     """
     pairs = getattr(config.objective, "pairs_file", None)
     if pairs and config.prompts:
@@ -32,9 +32,9 @@ def resolve_prompts(config: Config) -> tuple[list[Prompt], list[Prompt], dict[st
         test = read_prompts(test_path)
     else:
         (train, test), test_path = held_out(train, config.eval.seed), path
-        source = "a held-out fifth" if len(test) < len(train) else "all"  # under ten prompts are both
+        source = "held out" if len(test) < len(train) else "all"  # under ten prompts are both
     described = {
-        "train": {"file": _shown(path), "part": "the rest" if source == "a held-out fifth" else "all"},
+        "train": {"file": _shown(path), "part": "the rest" if source == "held out" else "all"},
         "test": {"file": _shown(test_path), "part": source},
     }
     for part, prompts, file in (("train", train, path), ("test", test, test_path)):

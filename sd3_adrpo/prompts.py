@@ -26,6 +26,7 @@ from pathlib import Path
 from .errors import UserError
 
 PROMPTS_DIR = Path(__file__).parent.parent / "prompts"
+MOST_HELD_OUT = 200  # prompts: measuring base and policy on more would take longer than many a run
 MAX_CHARACTERS = 2000  # about 450 tokens; SD3's T5 reads at most 512, and longer lines are mostly not prompts at all
 FORMATS = ".txt, .csv, .tsv, .jsonl or .json (prompts/README.md describes each)"
 
@@ -79,10 +80,10 @@ def file_hash(path: str | Path) -> str:
 
 
 def held_out(prompts: Sequence[Prompt], seed: int) -> tuple[list[Prompt], list[Prompt]]:
-    """(train, test): a fifth for the test, drawn by the seed; all of them as both when there are under ten."""
+    """(train, test): a fifth for the test, at most MOST_HELD_OUT, drawn by the seed; under ten, all are both."""
     if len(prompts) < 10:
         return list(prompts), list(prompts)
-    chosen = set(random.Random(seed).sample(range(len(prompts)), len(prompts) // 5))
+    chosen = set(random.Random(seed).sample(range(len(prompts)), min(len(prompts) // 5, MOST_HELD_OUT)))
     train = [prompt for index, prompt in enumerate(prompts) if index not in chosen]
     return train, [prompts[index] for index in sorted(chosen)]
 

@@ -28,7 +28,7 @@ from .compiling import compile_blocks
 from .config import Config
 from .errors import UserError
 from .evaluation import Measurement, encode_prompts, load_embedder
-from .folders import dated_folder, write_whole
+from .folders import dated_folder, text_cache_folder, write_whole
 from .full import FullPolicy
 from .judging import Judge
 from .models.sd3 import SD3
@@ -38,7 +38,6 @@ from .plan import Plan
 from .policy import Policy
 from .scoring import Scoring
 from .sharding import asked_to_shard
-from .text_cache import default_folder
 from .trainer import Interrupted, Trainer
 from .types import DTYPES
 from .watching import sampled_accuracy, sampled_diversity
@@ -118,17 +117,17 @@ class Run:
         self._say(f"loading {config.model}")
         dtype = DTYPES[config.train.mixed_precision]
         self.model = SD3.load(
-            config.model, dtype, self.accelerator.device, rollout.max_sequence_length, self._text_cache()
+            config.model, dtype, self.accelerator.device, rollout.max_sequence_length, text_cache_folder(config)
         )
         self.model.latent_shape(rollout.height, rollout.width)  # an impossible size is said here, before the rest loads
         with self.accelerator.local_main_process_first():  # the others find its embeddings on disk
             scale = config.train.guidance_scale if rollout.guidance_scale == 1 else rollout.guidance_scale
             condition, negative = encode_prompts(self.model, self.plan.train, scale)
             test = encode_prompts(self.model, self.plan.test, config.eval.guidance_scale)
-        again = condition.select(torch.tensor([-1]))
+        again = last = condition.select(torch.tensor([-1]))
         if self.model.pipeline.text_encoder is not None:  # else all came from disk
             again = self.model.encode_anew([self.plan.train[-1].text])  # alone, not in the cache's batch
-        alone, cached = again.embeds[0].float(), condition.embeds[-1].float()
+        alone, cached = again.embeds.float(), last.embeds.float()
         # bfloat16's rounding does less, another prompt's row is further
         if (alone - cached).norm() > 0.1 * alone.norm():
             raise UserError("the cached prompt embeddings differ from the text encoder's: nothing was trained")
@@ -153,13 +152,6 @@ class Run:
         )
         self.trainer = Trainer(collector, self.base_cache)
         self.judge = Judge(collector, self.embedder, self.plan.test, test, self.folder)
-
-    def _text_cache(self) -> Path | None:
-        """None for the built-in world, whose encoders are small."""
-        chosen = self.config.text_cache
-        if self.config.model == "shapes" or chosen == "none":
-            return None
-        return Path(chosen).expanduser() if chosen else default_folder()
 
     # one epoch
 

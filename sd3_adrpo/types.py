@@ -25,7 +25,7 @@ DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}  #
 class Condition:
     """Prompt embeddings: one row per unique prompt when cached, one per sample when `select`ed."""
 
-    embeds: Tensor  # (N, T, D)
+    embeds: Tensor  # (N, T, D); cached on disk, its text_cache.Rows
     pooled: Tensor  # (N, P)
     repeats: int = 1  # how many equal tokens the last of T stands for (models/repeated_token.py)
 

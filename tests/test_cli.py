@@ -173,7 +173,7 @@ def test_dry_run_loads_no_model(builtin: Path, tiny_sd3: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, env=os.environ)
     assert done.returncode == 0, done.stderr
-    assert "17 prompts, the rest of" in done.stdout and "4 prompts, a held-out fifth of" in done.stdout
+    assert "17 prompts, the rest of" in done.stdout and "4 prompts, held out of" in done.stdout
     assert "2048 images (128 prompts x 16)" in done.stdout
 
 
@@ -213,7 +213,7 @@ def test_prompts_of_the_user(tmp_path: Path) -> None:
     file = write(tmp_path / "mine.txt", "".join(f"a cat {i}\n" for i in range(20)))
     train, test, description = prompt_choice.resolve_prompts(cli.parse(["--prompts", file]))
     assert (len(train), len(test)) == (16, 4) and not {p.text for p in train} & {p.text for p in test}
-    assert description["test"]["part"] == "a held-out fifth"
+    assert description["test"]["part"] == "held out"
     assert prompt_choice.resolve_prompts(cli.parse(["--prompts", file, "--seed", "5"]))[1] == test
     given = prompt_choice.resolve_prompts(cli.parse(["--prompts", file, "--test_prompts", "raft_style.txt"]))
     assert len(given[0]) == 20 and given[2]["test"]["file"].endswith("raft_style.txt")

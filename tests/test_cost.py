@@ -86,7 +86,11 @@ def test_dry_run_of_a_published_model_that_is_not_here(monkeypatch, tmp_path, ca
     sd35 = cli.parse(["--config", "sd3.5-medium-24gb", "--reward", "jpeg", "--prompts", str(PROMPTS)])
     text = " ".join(str(plan.check(sd35)).split())
     assert "not in the local cache, 16.3 GB to download: transformer 2469.7M" in text
-    assert "5.1 GB frozen weights, 300.4 MB trained weights" in text and "TFLOP" in text
+    assert "5.1 GB frozen weights, 300.4 MB trained weights" in text
+    # 110 prompts, 22 held out: 88 images of 40 passes of 2.228 TFLOP and the decoder's 2.435
+    assert "88 images (22 prompts x 4) of 40 forward passes each" in text
+    assert f"{88 * (40 * 2.227886 + 2.435247):.3g} TFLOP" in text
+    assert "185.2 MB of prompt embeddings go to" in text  # 110 x (205 x 4096 + 2048) values of 2 bytes
 
 
 def test_forward_equals_a_count():

@@ -214,9 +214,9 @@ def test_file_hash(write):
         file_hash(write("p.txt", "abc").with_name("none.txt"))
 
 
-@pytest.mark.parametrize("count, test_count", [(10, 2), (11, 2), (15, 3), (100, 20)])
+@pytest.mark.parametrize("count, test_count", [(10, 2), (11, 2), (15, 3), (100, 20), (999, 199), (5000, 200)])
 def test_held_out_fifth(count: int, test_count: int):
-    prompts = [Prompt(f"{index:03}") for index in range(count)]
+    prompts = [Prompt(f"{index:04}") for index in range(count)]
     train, test = held_out(prompts, seed=3)
     assert len(test) == test_count
     assert sorted(train + test, key=lambda prompt: prompt.text) == prompts

@@ -97,7 +97,8 @@ class SD3:
             self._warn_of_cut_prompts(prompts)
         if self.text_cache is not None:
             return self.text_cache.encode(prompts, lambda missing: self.encode_anew(missing, batch_size))
-        return self.encode_anew(prompts, batch_size)
+        unique = {prompt: number for number, prompt in enumerate(dict.fromkeys(prompts))}
+        return self.encode_anew(list(unique), batch_size).select(torch.tensor([unique[prompt] for prompt in prompts]))
 
     @torch.no_grad()
     def encode_anew(self, prompts: Sequence[str], batch_size: int = 32) -> Condition:
